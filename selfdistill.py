@@ -1,0 +1,194 @@
+"""Compare: the pre-distilled student samples its own reading, given all the teachers' (Sec. 2.2, Eq. 7).
+
+    t+ ~ pi_st( . | v, l, T),    T = {t^1, ..., t^N}                                                                (7)
+
+reads   studies.jsonl, pi_st (stage 1)
+writes  OUTPUT_DIR/positives.jsonl: {"id", "t_plus", "seed", "tokens", "finish"}, dropped.jsonl, stats.json
+
+    python selfdistill.py                                                                           scale model, one process
+    torchrun --nproc_per_node=4 selfdistill.py --studies studies.jsonl --images files --student runs/spd/student --output_dir runs/positives
+
+Where the paper is silent:
+  1. The prompt that holds the trajectories is ours (data.py): anonymous readers, their order shuffled for each study.
+  2. Decoding is plain sampling at temperature 1, as Eq. 7 says; --temperature and --top_p change it.
+  3. A t+ that quotes its readers, is empty or does not end is sampled again (--attempts), then its study is dropped and counted.
+  4. Refusing trajectories are left out of T unless --refusals keep.
+
+Every study has its own random numbers, and the batches are the same whatever the number of ranks, so 1 and 4 ranks write the same
+file. Each batch is on disk when it is done; the same command goes on where it stopped.
+"""
+
+import argparse
+import json
+import re
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+import data
+import student
+import training
+
+QUOTES_A_READER = re.compile(r"\b(?:reader|report|description)s?\s*#?\d|\b(?:the|all|most|both|other|several) readers?\b", re.IGNORECASE)
+
+PRESETS = {
+    "paper": dict(refusals="keep"),
+    "demo": dict(max_new_tokens=96, batch_size=50),
+}
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description="Stage 2, compare: sample t+ given all trajectories (Eq. 7).")
+    g = parser.add_argument_group("data and student")
+    g.add_argument("--studies", help="studies.jsonl; without it the scale model of demo.py is used")
+    g.add_argument("--images", default=".", help="folder that the image paths are relative to (default: %(default)s)")
+    g.add_argument("--task_file", help="task.json; without it MIMIC-CXR's 14 findings")
+    g.add_argument("--split", default="train", help="which studies (default: %(default)s)")
+    g.add_argument("--student", help="pi_st: the student of stage 1, a folder or hub id")
+    g.add_argument("--output_dir", help="run folder; the same command continues in it")
+    g.add_argument("--teachers", help="NAME,...: only these teachers (default: all)")
+    g.add_argument("--refusals", choices=("keep", "drop"), default="drop", help="trajectories that decline to answer (default: %(default)s)")
+    g.add_argument("--max_pixels", type=int, default=1024 * 28 * 28, help="pixels per image, 784 make a token (default: %(default)s)")
+    g.add_argument("--num_workers", type=int, default=0, help="processes per rank that load images (default: %(default)s)")
+    g.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="weights in bf16")
+    g = parser.add_argument_group("sampling")
+    g.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
+    g.add_argument("--top_p", type=float, default=1.0, help="nucleus mass (default: %(default)s)")
+    g.add_argument("--max_new_tokens", type=int, default=1024, help="tokens (default: %(default)s)")
+    g.add_argument("--batch_size", type=int, default=32, help="studies per forward (default: %(default)s)")
+    g.add_argument("--attempts", type=int, default=4, help="samples until a study is dropped (default: %(default)s)")
+    g.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    g.add_argument("--resume", choices=("auto", "never"), default="auto", help="go on with what is written (default: %(default)s)")
+    return training.parse(parser, PRESETS, argv)
+
+
+def fault(text, finish):
+    """Why a sample is no t+, or None."""
+    if finish == "length":
+        return "unfinished"
+    if not text.strip():
+        return "empty"
+    return "quotes its readers" if QUOTES_A_READER.search(text) else None
+
+
+def sample_batch(model, encoder, batch, args):
+    """batch: [(study, encoded prompt)]. -> one record a study, in order: a positive, or {"id", "dropped": reason}."""
+    records, todo = {}, batch
+    for attempt in range(args.attempts):
+        seeds = [f"{args.seed} {study.id} {attempt}" for study, _ in todo]
+        out = student.sample(model, encoder, [example for _, example in todo], seeds, args.temperature, args.top_p, args.max_new_tokens)
+        again = []
+        for (study, example), seed, (ids, finish) in zip(todo, seeds, out):
+            text = encoder.text(ids)
+            if reason := fault(text, finish):
+                records[study.id] = {"id": study.id, "dropped": reason}
+                again.append((study, example))
+            else:
+                records[study.id] = {"id": study.id, "t_plus": text, "seed": seed, "tokens": len(ids), "finish": finish}
+        todo = again
+        if not todo:
+            break
+    return [records[study.id] for study, _ in batch]
+
+
+def read_parts(folder):
+    """What earlier calls have written, {id: record}; a line that a kill tore is left out."""
+    records = {}
+    for part in sorted(Path(folder).glob("part-*.jsonl")):
+        for line in part.read_bytes().split(b"\n")[:-1]:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                continue
+            records[record["id"]] = record
+    return records
+
+
+def statistics(studies, records, task):
+    """How t+ agrees with the teachers' plurality and, where labels exist, with the truth: the quality that decides stage 3."""
+    agree, true, votes, labels, unread = 0, 0, 0, 0, 0
+    for study in studies:
+        if "t_plus" not in records[study.id]:
+            continue
+        read, plurality = data.read_classes(records[study.id]["t_plus"], task), data.vote(study.trajectories, task)
+        unread += sum(finding not in read for finding in plurality)
+        votes += len(plurality)
+        agree += sum(read.get(finding) == value for finding, value in plurality.items())
+        labels += len(study.labels)
+        true += sum(read.get(finding) == value for finding, value in study.labels.items())
+    dropped = [record["dropped"] for record in records.values() if "dropped" in record]
+    return {"studies": len(studies), "positives": len(studies) - len(dropped), "dropped": {reason: dropped.count(reason) for reason in sorted(set(dropped))},
+            "agreement_with_vote": agree / votes if votes else None, "accuracy": true / labels if labels else None,
+            "unread": unread / votes if votes else None}
+
+
+def run(args):
+    folder = Path(args.output_dir)
+    if training.finished(args):
+        training.say(f"compare: {folder} is finished")
+        return
+    device = training.init()
+    lock = training.open_run(args, {"studies": args.studies, "task_file": args.task_file, "student": args.student})
+    task = data.load_task(args.task_file)
+    studies = data.read_studies(args.studies, task, args.split)
+    data.keep_teachers(studies, args.teachers)
+    dropped = 0
+    if args.refusals == "drop":
+        studies, dropped = data.drop_refusals(studies, task)
+    studies = [study for study in studies if study.trajectories]
+    training.say(f"compare: {len(studies)} studies, {dropped} refusals left out")
+    encoder = data.Encoder(args.student, task, args.images, args.max_pixels)
+    model = student.load(args.student, torch.bfloat16 if args.bf16 else torch.float32, device)
+
+    # alike lengths share a batch; which batch a study is in does not depend on the ranks or on what is done already
+    by_length = sorted(range(len(studies)), key=lambda i: sum(map(len, studies[i].trajectories.values())))
+    batches = [by_length[i:i + args.batch_size] for i in range(0, len(by_length), args.batch_size)]
+    done = read_parts(folder)
+    batches = [batch for batch in batches if not all(studies[i].id in done for i in batch)]
+    training.barrier()
+    mine = batches[training.rank()::training.world()]
+
+    def encode(index):
+        return studies[index], encoder(studies[index], data.compare_prompt(studies[index], task, args.seed))
+
+    with open(folder / f"part-{training.rank()}.jsonl", "ab") as part:
+        stream = training.loader(encode, [[(index,) for index in batch] for batch in mine], args.num_workers)
+        for batch in tqdm(stream, total=len(mine), desc="compare", disable=training.rank() > 0):
+            lines = [json.dumps(record, ensure_ascii=False) for record in sample_batch(model, encoder, batch, args)]
+            part.write(("\n" + "\n".join(lines) + "\n").encode())  # the first newline ends a line that a kill may have torn
+            part.flush()
+    training.barrier()
+
+    def merge():
+        records = read_parts(folder)
+        ordered = [records[study.id] for study in studies]
+        stats = statistics(studies, records, task)
+        for name, key in (("dropped.jsonl", "dropped"), ("positives.jsonl", "t_plus")):
+            training.write_text(folder / name, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ordered if key in r))
+        training.write_text(folder / "stats.json", json.dumps(stats, indent=2) + "\n")
+        training.write_text(folder / "finished.json", json.dumps({"stage": "self-distillation (Eq. 7)"}) + "\n")
+        for part in folder.glob("part-*.jsonl"):
+            part.unlink()
+        print("compare:", json.dumps(stats), flush=True)
+
+    training.on_rank_zero(merge)
+    if lock:
+        lock.close()
+
+
+def main():
+    args = parse()
+    training.init()
+    try:
+        if args.studies is None:
+            import demo  # the scale model makes what is missing; nothing else here knows of it
+
+            demo.prepare(args, "selfdistill")
+        run(args)
+    finally:
+        training.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""A tiny world and a tiny random student of the real class, made once a session; nothing is downloaded."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+import transformers  # noqa: E402
+
+import data  # noqa: E402
+import demo  # noqa: E402
+import student  # noqa: E402
+
+torch.set_num_threads(1)
+transformers.utils.logging.disable_progress_bar()
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory):
+    """A folder with 24 training films, 4 + 8 others, studies.jsonl, task.json, replay.jsonl."""
+    folder = tmp_path_factory.mktemp("world")
+    demo.make(folder, seed=0, train=24, validate=4, test=8, replay=12)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def task(world):
+    return data.load_task(world / "task.json")
+
+
+@pytest.fixture(scope="session")
+def studies(world, task):
+    return data.read_studies(world / "studies.jsonl", task)
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory, studies):
+    """The folder of a random student."""
+    folder = tmp_path_factory.mktemp("base")
+    model, tokenizer = demo.build_student(0, [text for study in studies for text in study.trajectories.values()])
+    demo.save_student(folder, model, tokenizer)
+    return folder
+
+
+@pytest.fixture
+def model(base):
+    return student.load(base)
+
+
+@pytest.fixture(scope="session")
+def encoder(base, task, world):
+    return data.Encoder(base, task, world)
+
+
+@pytest.fixture(scope="session")
+def script():
+    """script("spd.py", "--flag", ..., ranks=2) runs a script as a user would; returns the finished process, its output in .stdout."""
+    def run(name, *flags, ranks=1, expect=0):
+        start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"]
+        done = subprocess.run([*start, str(ROOT / name), *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600, check=False)
+        assert done.returncode == expect, done.stdout[-6000:]
+        return done
+    return run
+
+
+@pytest.fixture
+def run_flags(world, base):
+    """The flags that name the tiny world and student."""
+    return ["--preset", "demo", "--studies", world / "studies.jsonl", "--images", world, "--task_file", world / "task.json", "--student", base]

@@ -1,0 +1,548 @@
+"""What the two training loops (spd.py, apo.py) share: process group, plan of an epoch, optimiser, checkpoints, log.
+
+A run is a function of its settings and its step: epochs are permuted from (seed, epoch), dropout is seeded from (seed, step,
+micro-batch, rank), the learning rate is computed from the step. So nothing random is saved, and a run that was stopped goes on
+with the same command as if it had not been. A run folder holds
+
+    args.json     the settings            env.json      versions, GPUs, git commit
+    log.jsonl     one line per interval   speed.jsonl   the same for timings, which are never the same twice
+    step-N/       checkpoint: what trains, the optimiser's shards, a manifest with sha256 sums
+    student/      the finished student    adapter/      its LoRA weights in PEFT's format
+"""
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import math
+import os
+import platform
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import transformers
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch.distributed.optim import ZeroRedundancyOptimizer
+from torch.nn.parallel import DistributedDataParallel
+from torch.optim.adamw import adamw
+
+import student as students
+
+
+# ----------------------------------------------------------------------------------------------------- process group
+
+def init():
+    """Joins torchrun's process group (nccl on CUDA, gloo on CPU) or runs alone. Returns the device."""
+    transformers.utils.logging.disable_progress_bar()
+    cuda = torch.cuda.is_available()
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    if cuda:
+        torch.cuda.set_device(device)
+    if "RANK" in os.environ and not dist.is_initialized():
+        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+    return device
+
+
+def close():
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank():
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world():
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier():
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def all_reduce(tensor):
+    """The sum over ranks, in place."""
+    if dist.is_initialized():
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather(value):
+    """A list of every rank's value, on every rank."""
+    values = [value] * world()
+    if dist.is_initialized():
+        dist.all_gather_object(values, value)
+    return values
+
+
+def say(*words):
+    if rank() == 0:
+        print(*words, flush=True)
+
+
+def on_rank_zero(work):
+    """Runs work() on rank 0 while the other ranks wait, and returns what it returned there (None elsewhere). If it fails, all stop."""
+    failed, result = torch.zeros(1), None
+    try:
+        if rank() == 0:
+            failed += 1
+            result = work()
+            failed -= 1
+    finally:
+        nccl = dist.is_initialized() and dist.get_backend() == "nccl"
+        stop = all_reduce(failed.to("cuda" if nccl else "cpu")).item()
+    if stop and rank() != 0:
+        raise SystemExit(1)
+    return result
+
+
+# --------------------------------------------------------------------------------------------------------- the flags
+
+def add_arguments(parser):
+    """The flags that both stages have; names are TRL's and Trainer's where the meaning is the same."""
+    g = parser.add_argument_group("data and student")
+    g.add_argument("--studies", help="studies.jsonl; without it the scale model of demo.py is used")
+    g.add_argument("--images", default=".", help="folder that the image paths are relative to (default: %(default)s)")
+    g.add_argument("--task_file", help="task.json; without it MIMIC-CXR's 14 findings")
+    g.add_argument("--split", default="train", help="which studies to train on (default: %(default)s)")
+    g.add_argument("--student", help="folder or hub id of the Qwen2.5-VL to start from")
+    g.add_argument("--output_dir", help="run folder; the same command continues in it")
+    g.add_argument("--teachers", help="NAME,...: only these teachers (default: all)")
+    g.add_argument("--refusals", choices=("keep", "drop"), default="drop", help="trajectories that decline to answer (default: %(default)s)")
+    g.add_argument("--prompt", choices=("student", "teacher"), default="student", help="teacher: Appendix B's, which names the diagnosis")
+    g.add_argument("--max_pixels", type=int, default=1024 * 28 * 28, help="pixels per image, 784 make a token (default: %(default)s)")
+    g.add_argument("--num_workers", type=int, default=0, help="processes per rank that load images (default: %(default)s)")
+    g = parser.add_argument_group("optimisation")
+    g.add_argument("--train", default="lora", help="what trains: lora,merger,decoder,vision (default: %(default)s)")
+    g.add_argument("--lora_r", type=int, default=8, help="rank (default: %(default)s)")
+    g.add_argument("--lora_alpha", type=int, default=32, help="scale is alpha / r (default: %(default)s)")
+    g.add_argument("--lora_dropout", type=float, default=0.0, help="on the adapters' input (default: %(default)s)")
+    g.add_argument("--num_epochs", type=int, default=1, help="passes over the studies (default: %(default)s)")
+    g.add_argument("--max_steps", type=int, help="optimiser steps at most (default: all)")
+    g.add_argument("--global_batch", type=int, default=4, help="studies per optimiser step over all ranks (default: %(default)s)")
+    g.add_argument("--micro_batch", type=int, default=1, help="studies per forward on a rank; 0: the rank's whole share (default: %(default)s)")
+    g.add_argument("--learning_rate", type=float, default=1e-4, help="peak (default: %(default)s)")
+    g.add_argument("--min_learning_rate", type=float, default=1e-7, help="at the end of the cosine (default: %(default)s)")
+    g.add_argument("--warmup_steps", type=int, default=0, help="linear warm-up (default: %(default)s)")
+    g.add_argument("--adam_beta1", type=float, default=0.9, help="default: %(default)s")
+    g.add_argument("--adam_beta2", type=float, default=0.98, help="default: %(default)s")
+    g.add_argument("--weight_decay", type=float, default=0.05, help="decoupled (default: %(default)s)")
+    g.add_argument("--max_grad_norm", type=float, default=1.0, help="clip to this global norm (default: %(default)s)")
+    g.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute layers in the backward pass")
+    g.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="weights in bf16, updates in fp32")
+    g.add_argument("--seed", type=int, default=0, help="of order, dropout and adapters (default: %(default)s)")
+    g = parser.add_argument_group("run")
+    g.add_argument("--logging_steps", type=int, default=10, help="steps per line of log.jsonl (default: %(default)s)")
+    g.add_argument("--save_steps", type=int, default=500, help="steps per checkpoint (default: %(default)s)")
+    g.add_argument("--save_total_limit", type=int, default=2, help="checkpoints kept (default: %(default)s)")
+    g.add_argument("--resume", choices=("auto", "must", "never"), default="auto", help="go on from the newest checkpoint (default: %(default)s)")
+    g.add_argument("--merge", action=argparse.BooleanOptionalAction, default=True, help="write student/ with LoRA merged, beside adapter/")
+
+
+def parse(parser, presets, argv=None):
+    """argv over the preset over the defaults. A preset is a plain dict of flags; without --studies it is 'demo'."""
+    parser.add_argument("--preset", choices=tuple(presets), help="a set of defaults, any flag overrides it: "
+                        + "; ".join(f"{name}: {', '.join(f'{k}={v}' for k, v in flags.items())}" for name, flags in presets.items()))
+    first, _ = parser.parse_known_args(argv)
+    name = first.preset or ("paper" if first.studies else "demo")
+    parser.set_defaults(**presets[name], preset=name)
+    return parser.parse_args(argv)
+
+
+# ------------------------------------------------------------------------------------------------------- plan of a run
+
+def schedule(step, total_steps, peak, minimum, warmup_steps):
+    """Learning rate of step 0..total_steps-1: linear warm-up to `peak`, then a cosine down to `minimum`."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
+    return minimum + 0.5 * (peak - minimum) * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+class Plan:
+    """Which study stands in which micro-batch of which step. An epoch is a permutation from (seed, epoch); a step takes the next
+    `global_batch` studies of it, each rank an equal share of them; an epoch's incomplete tail is dropped.
+    Raises ValueError if the numbers do not divide."""
+
+    def __init__(self, n, args):
+        self.n, self.seed, self.global_batch = n, args.seed, args.global_batch
+        share, rest = divmod(args.global_batch, world())
+        self.micro_batch = args.micro_batch or share
+        if rest or share % self.micro_batch:
+            raise ValueError(f"--global_batch {args.global_batch}: expected a multiple of {world()} ranks x --micro_batch {self.micro_batch}")
+        if n < args.global_batch:
+            raise ValueError(f"{n} studies: expected at least one --global_batch of {args.global_batch}")
+        self.accumulation = share // self.micro_batch
+        self.steps_per_epoch = n // args.global_batch
+        steps = self.steps_per_epoch * args.num_epochs
+        self.steps = min(steps, args.max_steps) if args.max_steps else steps
+
+    def __str__(self):
+        return (f"{self.n} studies, {self.steps} steps of {self.global_batch} = {world()} ranks x {self.accumulation} micro-batches "
+                f"x {self.micro_batch} studies")
+
+    def order(self, epoch):
+        order = list(range(self.n))
+        random.Random(f"{self.seed} {epoch} order").shuffle(order)
+        return order
+
+    def micro_batches(self, start=0):
+        """This rank's micro-batches from step `start` on: lists of (epoch, index of the study)."""
+        batches, share = [], self.global_batch // world()
+        for step in range(start, self.steps):
+            epoch, at = divmod(step, self.steps_per_epoch)
+            if at == 0 or step == start:
+                order = self.order(epoch)
+            mine = at * self.global_batch + rank() * share
+            for first in range(mine, mine + share, self.micro_batch):
+                batches.append([(epoch, index) for index in order[first:first + self.micro_batch]])
+        return batches
+
+    def all_studies(self):
+        """This rank's share of all studies, once, in the micro-batches of epoch 0; the tail that the epoch drops comes last."""
+        order, share = self.order(0), self.global_batch // world()
+        full = self.steps_per_epoch * self.global_batch
+        starts = [step + rank() * share + at for step in range(0, full, self.global_batch) for at in range(0, share, self.micro_batch)]
+        tail = range(full, self.n, self.micro_batch)[rank()::world()]
+        return [order[at:at + self.micro_batch] for at in (*starts, *tail)]
+
+
+class _Items:
+    def __init__(self, encode):
+        self.encode = encode
+
+    def __getitem__(self, key):
+        return self.encode(*key)
+
+
+def loader(encode, batches, num_workers=0):
+    """Iterates over `batches`, each key passed to encode(*key). Workers leave SIGTERM to the main process, and the loader has its
+    own generator, since iter(DataLoader) would otherwise draw from the global one."""
+    return torch.utils.data.DataLoader(_Items(encode), batch_sampler=batches, collate_fn=list, num_workers=num_workers,
+                                       worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN), generator=torch.Generator())
+
+
+def seed_step(seed, step, micro):
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {step} {micro} {rank()}".encode()).digest()[:8], "little") >> 1)
+
+
+# --------------------------------------------------------------------------------------- the wrapped student, the optimiser
+
+def wrap(packed, device):
+    """DDP around the packed student (also alone in one process). Its gradients are means over ranks."""
+    if world() == 1:
+        return packed
+    return DistributedDataParallel(packed, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
+
+
+def synced(module, last):
+    """Reduces gradients over ranks in the last micro-batch of a step only; to be entered before the forward."""
+    return contextlib.nullcontext() if last or world() == 1 else module.no_sync()
+
+
+def warm_up(module, batch):
+    """Two passes that count for nothing: DDP lays its buckets anew after the first one, which changes the order of sums, so that a
+    resumed run would differ in the last bit from one that was never stopped."""
+    if world() > 1:
+        for _ in range(2):
+            (module(batch)[0].sum() * 0).backward()
+        module.zero_grad(set_to_none=False)
+
+
+class MasterAdamW(torch.optim.AdamW):
+    """AdamW whose update happens in fp32: bf16 weights have a master copy in the state (at lr 2e-5 a bf16 weight may never move)."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p].update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p, dtype=torch.float32),
+                                         exp_avg_sq=torch.zeros_like(p, dtype=torch.float32))
+                    if p.dtype != torch.float32:
+                        self.state[p]["master"] = p.float()
+            state = [self.state[p] for p in params]
+            masters = [s.get("master", p) for s, p in zip(state, params)]
+            beta1, beta2 = group["betas"]
+            adamw(masters, [p.grad.float() for p in params], [s["exp_avg"] for s in state], [s["exp_avg_sq"] for s in state], [],
+                  [s["step"] for s in state], amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
+                  weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
+            for p, master in zip(params, masters):
+                if master is not p:
+                    p.copy_(master)
+
+
+def make_optimizer(parameters, args, shard):
+    """parameters: {name: parameter}. shard: masters and moments live on one rank each (needed when the decoder trains)."""
+    settings = dict(lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.weight_decay)
+    if shard and world() > 1:
+        return ZeroRedundancyOptimizer(parameters.values(), optimizer_class=MasterAdamW, **settings)
+    return MasterAdamW(parameters.values(), **settings)
+
+
+def report_non_finite(loss, ids):
+    """Names the studies of a micro-batch whose loss is NaN or infinite; `update` then stops all ranks."""
+    if not torch.isfinite(loss):
+        print(f"rank {rank()}: loss {float(loss)} on studies {', '.join(ids)}", file=sys.stderr, flush=True)
+
+
+def update(parameters, optimizer, learning_rate, max_grad_norm):
+    """Clips, steps, clears; returns the gradient norm before clipping. The reduced gradients are the same on every rank, so all of
+    them raise FloatingPointError together, and before anything moved, if one is not finite."""
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm))
+    if not math.isfinite(norm):
+        raise FloatingPointError(f"gradient norm {norm}; nothing was updated. The studies are named above where the loss itself was not finite")
+    for group in optimizer.param_groups:
+        group["lr"] = learning_rate
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=False)
+    return norm
+
+
+# -------------------------------------------------------------------------------------------------- run folder, checkpoints
+
+def fingerprint(path):
+    """sha256 of a file, or of the weights, config and tokenizer of a student's folder; a hub id is its own fingerprint."""
+    path = Path(path)
+    if not path.exists():
+        return str(path)
+    digest = hashlib.sha256()
+    for file in sorted(path.glob("*.*")) if path.is_dir() else [path]:
+        if file.is_file() and file.suffix in (".json", ".jsonl", ".safetensors", ".txt"):
+            digest.update(f"{file.name} {_sha256(file)}".encode())
+    return digest.hexdigest()
+
+
+def _sha256(file):
+    with open(file, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _fsync(path):
+    handle = os.open(path, os.O_RDONLY)
+    os.fsync(handle)
+    os.close(handle)
+
+
+def write_text(path, text):
+    """Writes whole or not at all."""
+    temporary = Path(path).with_name(f".tmp-{Path(path).name}")
+    temporary.write_text(text, encoding="utf-8")
+    _fsync(temporary)
+    os.replace(temporary, path)
+    _fsync(Path(path).parent)
+
+
+NOT_SETTINGS = ("output_dir", "resume", "logging_steps", "save_steps", "save_total_limit", "num_workers", "dry_run", "micro_batch_note")
+
+
+def open_run(args, inputs):
+    """Claims the run folder for this command: locks it, writes args.json and env.json, refuses a folder that another command began.
+    inputs: {name: path} whose contents count as settings. Returns the lock, to be kept until the end."""
+    folder = Path(args.output_dir)
+    settings = {key: value for key, value in sorted(vars(args).items()) if key not in NOT_SETTINGS}
+
+    def claim():
+        settings.update(world_size=world(), **{f"{name}_sha256": fingerprint(path) for name, path in inputs.items() if path})
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however the process ends
+        except BlockingIOError:
+            raise SystemExit(f"{folder}: another run holds {folder / '.lock'}; wait for it or choose another --output_dir") from None
+        if args.resume == "never":
+            for old in [*folder.glob("step-*"), *folder.glob("*.json*"), *folder.glob("*.safetensors"), folder / "student", folder / "adapter"]:
+                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+        if (folder / "args.json").exists():
+            before, now = json.loads((folder / "args.json").read_text()), json.loads(json.dumps(settings))
+            differ = [f"  {key}: {before.get(key)!r} there, {now.get(key)!r} here" for key in sorted({*before, *now})
+                      if before.get(key) != now.get(key)]
+            if differ:
+                raise SystemExit(f"{folder}: was begun with other settings, choose another --output_dir:\n" + "\n".join(differ))
+        write_text(folder / "args.json", json.dumps(settings, indent=2) + "\n")
+        write_text(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
+        return lock
+
+    return on_rank_zero(claim)
+
+
+def environment():
+    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__, "commit": git.stdout.strip(),
+            "command": sys.argv, "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or [platform.processor() or "cpu"]}
+
+
+def save_checkpoint(folder, step, parameters, optimizer, extra, keep):
+    """step-N/ with what trains (safetensors), each rank's optimiser shard, and a manifest written last; renamed into place whole."""
+    folder, final = Path(folder), Path(folder) / f"step-{step:06d}"
+    temporary = folder / f".tmp-{final.name}"
+
+    def weights():
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir()
+        save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, temporary / "trainable.safetensors")
+
+    def publish():
+        files = sorted(temporary.iterdir())
+        for file in files:
+            _fsync(file)
+        write_text(temporary / "manifest.json", json.dumps({"step": step, "sha256": {f.name: _sha256(f) for f in files}, **extra}) + "\n")
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        _fsync(folder)
+        for old in sorted(folder.glob("step-*"))[:-keep]:
+            shutil.rmtree(old)
+
+    on_rank_zero(weights)
+    local = getattr(optimizer, "optim", optimizer)
+    if local is not optimizer or rank() == 0:
+        state = {f"{name}:{key}": value.cpu().contiguous() for name, p in parameters.items() for key, value in local.state.get(p, {}).items()}
+        save_file(state, temporary / f"optimizer-{rank()}.safetensors")
+    barrier()
+    on_rank_zero(publish)
+
+
+def newest_checkpoint(folder):
+    """The newest step-N/ whose files are what its manifest says, with that manifest; (None, None) if there is none."""
+    for path in sorted(Path(folder).glob("step-*"), reverse=True):
+        try:
+            manifest = json.loads((path / "manifest.json").read_text())
+            if all(_sha256(path / name) == digest for name, digest in manifest["sha256"].items()):
+                return path, manifest
+            reason = "its files do not match its manifest"
+        except (OSError, ValueError, KeyError) as error:
+            reason = str(error)
+        say(f"warning: {path} is damaged ({reason}); falling back to the one before")
+    return None, None
+
+
+def load_checkpoint(path, parameters, optimizer):
+    """Puts a checkpoint's weights and optimiser state back, masters and moments in fp32 as they were."""
+    weights = load_file(path / "trainable.safetensors")
+    if set(weights) != set(parameters):
+        raise ValueError(f"{path}: holds other parameters than --train makes trainable")
+    with torch.no_grad():
+        for name, p in parameters.items():
+            p.copy_(weights[name])
+    local = getattr(optimizer, "optim", optimizer)
+    shard = path / f"optimizer-{rank() if local is not optimizer else 0}.safetensors"
+    with safe_open(shard, "pt") as file:
+        for key in file.keys():
+            name, _, part = key.rpartition(":")
+            p = parameters[name]
+            value = file.get_tensor(key)
+            local.state[p][part] = value if part == "step" else value.to(p.device)
+
+
+def resume(args, parameters, optimizer):
+    """Goes on from the newest valid checkpoint of the run folder: returns (step, the log's open interval), (0, None) for a new run.
+    Exits with status 2 if --resume must finds none."""
+    path, manifest = newest_checkpoint(args.output_dir)
+    if path is None:
+        if args.resume == "must":
+            say(f"{args.output_dir}: --resume must, but there is no valid checkpoint")
+            raise SystemExit(2)
+        return 0, None
+    load_checkpoint(path, parameters, optimizer)
+    say(f"continuing from {path}")
+    return manifest["step"], manifest["log"]
+
+
+class Stop:
+    """Set by SIGTERM: the loop finishes its step, saves and ends. A second SIGTERM kills."""
+
+    def __init__(self):
+        self.asked = False
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def _ask(self, *_):
+        self.asked = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class Log:
+    """Means over an interval, one JSON line each. add(name, sum, count) locally; `reduce` sums one step over the ranks in one
+    all-reduce together with the stop flag. On resume the file is cut back to the step of the checkpoint."""
+
+    def __init__(self, folder, names, device, step=0, sums=None):
+        self.path, self.names, self.device = Path(folder) / "log.jsonl", list(names), device
+        self.sums = dict(sums) if sums else {name: [0.0, 0.0] for name in self.names}
+        self.begin_step()
+        self.clock, self.tokens = time.perf_counter(), 0
+        if rank() == 0:
+            for path in (self.path, self.path.with_name("speed.jsonl")):
+                lines = path.read_text().splitlines() if path.exists() else []
+                kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+                write_text(path, "".join(line + "\n" for line in kept))
+
+    def begin_step(self):
+        self.now = torch.zeros(len(self.names) + 1, 2, dtype=torch.float64)
+
+    def add(self, name, total, count=1):
+        self.now[self.names.index(name)] += torch.tensor([float(total), float(count)], dtype=torch.float64)
+
+    def reduce(self, stop=False):
+        """-> ({name: (sum, count)} of this step over all ranks, whether any rank was asked to stop)."""
+        self.now[-1, 0] = float(stop)
+        total = all_reduce(self.now.to(self.device)).cpu()
+        step = {name: (float(s), float(c)) for name, (s, c) in zip(self.names, total.tolist())}
+        for name, (s, c) in step.items():
+            self.sums[name] = [self.sums[name][0] + s, self.sums[name][1] + c]
+        self.begin_step()
+        return step, bool(total[-1, 0])
+
+    def write(self, step, **more):
+        """Writes the line of the interval that ends after `step` steps and returns it."""
+        line = {"step": step, **{name: s / c for name, (s, c) in self.sums.items() if c}, **more}
+        seconds = time.perf_counter() - self.clock
+        speed = {"step": step, "seconds": seconds}
+        if "tokens" in self.sums:
+            speed["tokens_per_second"] = self.sums["tokens"][0] / seconds
+        if self.device.type == "cuda":
+            speed["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if rank() == 0:
+            for path, record in ((self.path, line), (self.path.with_name("speed.jsonl"), speed)):
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+        self.sums = {name: [0.0, 0.0] for name in self.names}
+        self.clock = time.perf_counter()
+        return line
+
+
+def finish(args, model, encoder, parameters, stage):
+    """Writes adapter/ (LoRA) and student/ (merged, as transformers loads it), each whole or not at all; student/ marks the end."""
+    folder, lora = Path(args.output_dir), "lora" in args.train.split(",")
+
+    def publish(name, write):
+        temporary = folder / f".tmp-{name}"
+        shutil.rmtree(temporary, ignore_errors=True)
+        write(temporary)
+        shutil.rmtree(folder / name, ignore_errors=True)
+        os.replace(temporary, folder / name)
+
+    def write():
+        if lora:
+            publish("adapter", lambda path: students.save_adapter(model, path, args.student, args.lora_r, args.lora_alpha, args.lora_dropout))
+        if args.merge or not lora:
+            students.merge_lora(model)
+            card = (f"---\nbase_model: {args.student}\nlibrary_name: transformers\npipeline_tag: image-text-to-text\nlicense: other\n---\n"
+                    f"Student after {stage} (trained: {args.train}). For research; not a medical device.\n")
+            publish("student", lambda path: students.save(model, encoder, path, card))
+        write_text(folder / "finished.json", json.dumps({"stage": stage, "train": args.train}) + "\n")
+
+    on_rank_zero(write)
+
+
+def finished(args):
+    return (Path(args.output_dir) / "finished.json").exists() and args.resume != "never"
