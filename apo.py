@@ -70,6 +70,7 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import save_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+import checkpoint  # noqa: E402
 import data  # noqa: E402
 import student  # noqa: E402
 import training  # noqa: E402
@@ -83,7 +84,7 @@ PRESETS = {
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description="Stage 3, critique: autonomous preference optimisation (Eq. 8-11).")
-    training.add_arguments(parser)
+    training.add_training_arguments(parser)
     g = parser.add_argument_group("this stage")
     g.add_argument("--positives", help="positives.jsonl of stage 2")
     g.add_argument("--beta", type=float, default=0.1, help="Eq. 8; smaller goes further from pi_st (default: %(default)s)")
@@ -140,7 +141,7 @@ def reference_key(args, task, studies, names):
     """sha256 over all that the reference depends on: checkpoint, texts, images, prompt, image size, number format."""
     files = [(path, (Path(args.images) / path).stat().st_size) for study in studies for path in study.images]
     records = [(study.id, study.t_plus, study.trajectories, data.student_prompt(study, task, args.prompt)) for study in studies]
-    text = json.dumps([training.fingerprint(args.student), task.prompts["system"], args.max_pixels, args.bf16, names, records, files])
+    text = json.dumps([checkpoint.fingerprint(args.student), task.prompts["system"], args.max_pixels, args.bf16, names, records, files])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -153,11 +154,13 @@ def warnings_of(line, names, progress):
 
 
 def run(args):
-    if training.finished(args):
+    training.require(args, student="stage 1 makes pi_st: spd.py --studies ... --output_dir runs/spd, in runs/spd/student",
+                     positives="stage 2 makes them: selfdistill.py --studies ... --student runs/spd/student --output_dir runs/positives")
+    if checkpoint.finished(args):
         training.say(f"critique: {args.output_dir} is finished")
         return
     device = training.init()
-    lock = training.open_run(args, {"studies": args.studies, "positives": args.positives, "task_file": args.task_file, "student": args.student})
+    lock = checkpoint.open_run(args, {"studies": args.studies, "positives": args.positives, "task_file": args.task_file, "student": args.student})
     task = data.load_task(args.task_file)
     studies = data.read_positives(args.positives, data.read_studies(args.studies, task, args.split))
     names = data.keep_teachers(studies, args.teachers)
@@ -188,13 +191,13 @@ def run(args):
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing(model)
     optimizer = training.make_optimizer(parameters, args, shard="decoder" in train)
-    start, sums = training.resume(args, parameters, optimizer)
+    start, sums = checkpoint.resume(args, parameters, optimizer)
     packed = training.wrap(packed, device)
 
     mine = [[index for _, index in batch] for batch in plan.micro_batches(start)]
     stream = zip(mine, load(mine))
     columns = ["chosen", *names]
-    log = training.Log(args.output_dir, ["loss", "rewards/margins", "rewards/accuracies", "rewards/rejected", "logps/chosen", "tokens",
+    log = checkpoint.Log(args.output_dir, ["loss", "rewards/margins", "rewards/accuracies", "rewards/rejected", "logps/chosen", "tokens",
                                          "tokens/chosen", *(f"rewards/{c}" for c in columns), *(f"log_ratio/{c}" for c in columns),
                                          *(f"accuracies/{name}" for name in names)], device, start, sums)
     stop = training.Stop()
@@ -209,7 +212,8 @@ def run(args):
             mask = batch["tokens"][:, 1:] > 0                                                                     # (B, N)
             w = weights.to(device) if weights is not None else mask / mask.sum(1, keepdim=True)
             scale = 1 / batch["tokens"].clamp(min=1) if args.length_norm else 1
-            with training.synced(packed, last=micro == plan.accumulation - 1):
+            last = micro == plan.accumulation - 1
+            with training.synced(packed, last):
                 (logps,) = packed(batch)                                                                        # (B, 1+N)
                 ref_logps = ref[indices].to(device)
                 losses, rewards = apo_loss(logps * scale, ref_logps * scale, w, mask, args.beta)           # Eq. 11
@@ -217,7 +221,8 @@ def run(args):
                 if args.nll_alpha:
                     loss = loss - args.nll_alpha * (logps[:, 0] / batch["tokens"][:, 0]).sum() / args.global_batch
                 (loss * training.world()).backward()                            # DDP takes the mean over ranks, we want the sum
-            record(log, losses.detach(), rewards, (logps - ref_logps).detach(), logps.detach(), batch["tokens"], mask, names)
+            record(log, losses.detach(), rewards, (logps - ref_logps).detach(), logps.detach(), batch["tokens"], mask, names,
+                   last and training.rank() == 0)
             training.report_non_finite(loss, [studies[index].id for index in indices])
 
         _, stopping = log.reduce(stop.asked)
@@ -231,18 +236,18 @@ def run(args):
             for warning in warnings_of(line, names, done / plan.steps):
                 training.say(f"step {done}: warning: {warning}")
         if (done % args.save_steps == 0 or stopping) and done < plan.steps:
-            training.save_checkpoint(args.output_dir, done, parameters, optimizer, {"log": log.sums}, args.save_total_limit)
+            checkpoint.save_checkpoint(args.output_dir, done, parameters, optimizer, {"log": log.sums}, args.save_total_limit)
         if stopping:
             training.say(f"stopped after step {done}; the same command goes on")
             raise SystemExit(0)
     bar.close()
-    training.finish(args, model, encoder, parameters, "autonomous preference optimisation (Eq. 11)")
+    checkpoint.finish(args, model, encoder, parameters, "autonomous preference optimisation (Eq. 11)")
     training.say(f"critique: pi_theta is {Path(args.output_dir) / 'student'}")
     if lock:
         lock.close()
 
 
-def record(log, losses, rewards, log_ratios, logps, tokens, mask, names):
+def record(log, losses, rewards, log_ratios, logps, tokens, mask, names, last):
     """One micro-batch into the log. rewards, log_ratios, logps, tokens (B, 1+N); mask (B, N); margins and 'rejected' are means over
     the teachers present, an accuracy counts rewards of t+ above a teacher's, 'rewards/accuracies' above all of them."""
     B, margins = len(losses), rewards[:, :1] - rewards[:, 1:]
@@ -251,7 +256,7 @@ def record(log, losses, rewards, log_ratios, logps, tokens, mask, names):
     log.add("rewards/rejected", rewards[:, 1:][mask].sum(), mask.sum())
     log.add("rewards/accuracies", ((margins > 0) | ~mask).all(1).sum(), B)
     log.add("logps/chosen", logps[:, 0].sum(), B)
-    log.add("tokens", tokens.sum())
+    log.add("tokens", tokens.sum(), last)
     log.add("tokens/chosen", tokens[:, 0].sum(), B)
     present = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
     for column, name in enumerate(["chosen", *names]):

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import checkpoint
 import data
 import student
 import training
@@ -151,22 +152,28 @@ def parse(argv=None):
 def run(args):
     """-> {row: score}; prints the table."""
     task = data.load_task(args.task_file)
+    folders = {name or path: path for name, _, path in (given.rpartition("=") for given in args.student)}
+    settings = {**vars(args), "sha256": [checkpoint.fingerprint(path) for path in (args.studies, *folders.values())]}
+    if args.output and Path(args.output).exists():
+        before = json.loads(Path(args.output).read_text())
+        if before["settings"] == settings:
+            training.say(f"{args.output} holds these results already\n" + before["table"])
+            return before["rows"]
     studies = [s for s in data.read_studies(args.studies, task, args.split) if s.labels]
     if not studies:
         raise ValueError(f"{args.studies}: no study of split {args.split!r} has labels, expected some to score against")
     train = [s for s in data.read_studies(args.studies, task) if s.split == "train"] or studies
     rows = baselines(studies, train, task)
-    for given in args.student:
-        name, _, path = given.rpartition("=")
-        rows[name or path] = classify(path, studies, task, args, name or path)
+    for name, path in folders.items():
+        rows[name] = classify(path, studies, task, args, name)
     paper = TABLE_5 if set(TABLE_5_FINDINGS) <= set(task.findings) else None
-    columns = TABLE_5_FINDINGS if paper else task.findings
-    training.say(table(rows, [*columns, *(f for f in task.findings if f not in columns)], paper))
-    for name, row in rows.items():
-        if "greedy" in row:
-            training.say(f"{name}: voices, greedy {row['greedy']['styles']}, sampled {row['sampled']['styles']}")
+    text = table(rows, TABLE_5_FINDINGS if paper else task.findings, paper)
+    for name in folders:
+        text += f"\n{name}: voices, greedy {rows[name]['greedy']['styles']}, sampled {rows[name]['sampled']['styles']}"
+    training.say(text)
     if args.output:
-        training.on_rank_zero(lambda: training.write_text(Path(args.output), json.dumps({"settings": vars(args), "rows": rows}, indent=1) + "\n"))
+        results = {"settings": settings, "rows": rows, "table": text}
+        training.on_rank_zero(lambda: checkpoint.write_text(Path(args.output), json.dumps(results, indent=1) + "\n"))
     if args.json:
         training.say(json.dumps({"rows": rows}))
     return rows

@@ -26,6 +26,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import checkpoint
 import data
 import student
 import training
@@ -40,25 +41,13 @@ PRESETS = {
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description="Stage 2, compare: sample t+ given all trajectories (Eq. 7).")
-    g = parser.add_argument_group("data and student")
-    g.add_argument("--studies", help="studies.jsonl; without it the scale model of demo.py is used")
-    g.add_argument("--images", default=".", help="folder that the image paths are relative to (default: %(default)s)")
-    g.add_argument("--task_file", help="task.json; without it MIMIC-CXR's 14 findings")
-    g.add_argument("--split", default="train", help="which studies (default: %(default)s)")
-    g.add_argument("--student", help="pi_st: the student of stage 1, a folder or hub id")
-    g.add_argument("--output_dir", help="run folder; the same command continues in it")
-    g.add_argument("--teachers", help="NAME,...: only these teachers (default: all)")
-    g.add_argument("--refusals", choices=("keep", "drop"), default="drop", help="trajectories that decline to answer (default: %(default)s)")
-    g.add_argument("--max_pixels", type=int, default=1024 * 28 * 28, help="pixels per image, 784 make a token (default: %(default)s)")
-    g.add_argument("--num_workers", type=int, default=0, help="processes per rank that load images (default: %(default)s)")
-    g.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="weights in bf16")
+    training.add_data_arguments(parser)
     g = parser.add_argument_group("sampling")
     g.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
     g.add_argument("--top_p", type=float, default=1.0, help="nucleus mass (default: %(default)s)")
     g.add_argument("--max_new_tokens", type=int, default=1024, help="tokens (default: %(default)s)")
     g.add_argument("--batch_size", type=int, default=32, help="studies per forward (default: %(default)s)")
     g.add_argument("--attempts", type=int, default=4, help="samples until a study is dropped (default: %(default)s)")
-    g.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     g.add_argument("--resume", choices=("auto", "never"), default="auto", help="go on with what is written (default: %(default)s)")
     return training.parse(parser, PRESETS, argv)
 
@@ -124,12 +113,13 @@ def statistics(studies, records, task):
 
 
 def run(args):
+    training.require(args, student="stage 1 makes pi_st: spd.py --studies ... --output_dir runs/spd, in runs/spd/student")
     folder = Path(args.output_dir)
-    if training.finished(args):
+    if checkpoint.finished(args):
         training.say(f"compare: {folder} is finished")
         return
     device = training.init()
-    lock = training.open_run(args, {"studies": args.studies, "task_file": args.task_file, "student": args.student})
+    lock = checkpoint.open_run(args, {"studies": args.studies, "task_file": args.task_file, "student": args.student})
     task = data.load_task(args.task_file)
     studies = data.read_studies(args.studies, task, args.split)
     data.keep_teachers(studies, args.teachers)
@@ -165,9 +155,9 @@ def run(args):
         ordered = [records[study.id] for study in studies]
         stats = statistics(studies, records, task)
         for name, key in (("dropped.jsonl", "dropped"), ("positives.jsonl", "t_plus")):
-            training.write_text(folder / name, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ordered if key in r))
-        training.write_text(folder / "stats.json", json.dumps(stats, indent=2) + "\n")
-        training.write_text(folder / "finished.json", json.dumps({"stage": "self-distillation (Eq. 7)"}) + "\n")
+            checkpoint.write_text(folder / name, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ordered if key in r))
+        checkpoint.write_text(folder / "stats.json", json.dumps(stats, indent=2) + "\n")
+        checkpoint.write_text(folder / "finished.json", json.dumps({"stage": "self-distillation (Eq. 7)"}) + "\n")
         for part in folder.glob("part-*.jsonl"):
             part.unlink()
         print("compare:", json.dumps(stats), flush=True)

@@ -27,6 +27,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
+import checkpoint
 import data
 import student
 import training
@@ -41,7 +42,7 @@ PRESETS = {
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description="Stage 1, learn: supervised pre-distillation (Eq. 5-6).")
-    training.add_arguments(parser)
+    training.add_training_arguments(parser)
     g = parser.add_argument_group("this stage")
     g.add_argument("--trajectories_per_study", type=int, default=0, help="drawn anew for each study and epoch; 0: all (default: %(default)s)")
     g.add_argument("--replay", help="jsonl of studies with trajectories and t_plus: rows that keep alive the skill of Eq. 7 (scale model)")
@@ -60,11 +61,12 @@ def choose_teachers(study, names, count, seed, epoch):
 
 
 def run(args):
-    if training.finished(args):
+    training.require(args, student="name a Qwen2.5-VL folder or hub id, such as Qwen/Qwen2.5-VL-7B-Instruct")
+    if checkpoint.finished(args):
         training.say(f"learn: {args.output_dir} is finished")
         return
     device = training.init()
-    lock = training.open_run(args, {"studies": args.studies, "task_file": args.task_file, "student": args.student, "replay": args.replay})
+    lock = checkpoint.open_run(args, {"studies": args.studies, "task_file": args.task_file, "student": args.student, "replay": args.replay})
     task = data.load_task(args.task_file)
     studies = data.read_studies(args.studies, task, args.split)
     names = data.keep_teachers(studies, args.teachers)
@@ -83,7 +85,7 @@ def run(args):
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing(model)
     optimizer = training.make_optimizer(parameters, args, shard="decoder" in train)
-    start, sums = training.resume(args, parameters, optimizer)
+    start, sums = checkpoint.resume(args, parameters, optimizer)
     packed = training.wrap(student.PackedStudent(model), device)
 
     def encode(epoch, index):
@@ -99,7 +101,7 @@ def run(args):
         return student.to(student.pack(examples, model), device)
 
     stream = iter(training.loader(encode, plan.micro_batches(start), args.num_workers))
-    log = training.Log(args.output_dir, ("loss", "replay_loss", "tokens", *(f"loss/{name}" for name in names)), device, start, sums)
+    log = checkpoint.Log(args.output_dir, ("loss", "replay_loss", "tokens", *(f"loss/{name}" for name in names)), device, start, sums)
     stop = training.Stop()
     packed.train()
     bar = tqdm(total=plan.steps, initial=start, desc="learn", disable=training.rank() > 0)
@@ -126,7 +128,7 @@ def run(args):
             for u, name in enumerate(names):
                 log.add(f"loss/{name}", -logps[:, u].detach().sum(), batches[0]["tokens"][:, u].sum())
             log.add("loss", -logps.detach().sum(), count(examples))
-            log.add("tokens", count(examples))
+            log.add("tokens", count(examples), last and training.rank() == 0)
             training.report_non_finite(loss, [example["id"] for example in examples])
 
         _, stopping = log.reduce(stop.asked)
@@ -138,12 +140,12 @@ def run(args):
             line = log.write(done, learning_rate=learning_rate, grad_norm=norm)
             bar.set_postfix(loss=f"{line['loss']:.3f}")
         if (done % args.save_steps == 0 or stopping) and done < plan.steps:
-            training.save_checkpoint(args.output_dir, done, parameters, optimizer, {"log": log.sums}, args.save_total_limit)
+            checkpoint.save_checkpoint(args.output_dir, done, parameters, optimizer, {"log": log.sums}, args.save_total_limit)
         if stopping:
             training.say(f"stopped after step {done}; the same command goes on")
             raise SystemExit(0)
     bar.close()
-    training.finish(args, model, encoder, parameters, "supervised pre-distillation (Eq. 6)")
+    checkpoint.finish(args, model, encoder, parameters, "supervised pre-distillation (Eq. 6)")
     training.say(f"learn: pi_st is {Path(args.output_dir) / 'student'}")
     if lock:
         lock.close()

@@ -1,41 +1,24 @@
-"""What the two training loops (spd.py, apo.py) share: process group, plan of an epoch, optimiser, checkpoints, log.
+"""What the two training loops (spd.py, apo.py) share: process group, flags, plan of an epoch, optimiser.
 
 A run is a function of its settings and its step: epochs are permuted from (seed, epoch), dropout is seeded from (seed, step,
-micro-batch, rank), the learning rate is computed from the step. So nothing random is saved, and a run that was stopped goes on
-with the same command as if it had not been. A run folder holds
-
-    args.json     the settings            env.json      versions, GPUs, git commit
-    log.jsonl     one line per interval   speed.jsonl   the same for timings, which are never the same twice
-    step-N/       checkpoint: what trains, the optimiser's shards, a manifest with sha256 sums
-    student/      the finished student    adapter/      its LoRA weights in PEFT's format
+micro-batch, rank), the learning rate is computed from the step. So a run that was stopped goes on as if it had not been.
 """
 
 import argparse
 import contextlib
-import fcntl
 import hashlib
-import json
 import math
 import os
-import platform
 import random
-import shutil
 import signal
-import subprocess
 import sys
-import time
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 import transformers
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adamw import adamw
-
-import student as students
 
 
 # ----------------------------------------------------------------------------------------------------- process group
@@ -108,20 +91,27 @@ def on_rank_zero(work):
 
 # --------------------------------------------------------------------------------------------------------- the flags
 
-def add_arguments(parser):
-    """The flags that both stages have; names are TRL's and Trainer's where the meaning is the same."""
+def add_data_arguments(parser):
+    """The flags that all three stages have; names are TRL's and Trainer's where the meaning is the same."""
     g = parser.add_argument_group("data and student")
-    g.add_argument("--studies", help="studies.jsonl; without it the scale model of demo.py is used")
+    g.add_argument("--studies", help="studies.jsonl; without it the scale model of demo.py is made and used")
     g.add_argument("--images", default=".", help="folder that the image paths are relative to (default: %(default)s)")
     g.add_argument("--task_file", help="task.json; without it MIMIC-CXR's 14 findings")
-    g.add_argument("--split", default="train", help="which studies to train on (default: %(default)s)")
+    g.add_argument("--split", default="train", help="which studies to use (default: %(default)s)")
     g.add_argument("--student", help="folder or hub id of the Qwen2.5-VL to start from")
     g.add_argument("--output_dir", help="run folder; the same command continues in it")
     g.add_argument("--teachers", help="NAME,...: only these teachers (default: all)")
     g.add_argument("--refusals", choices=("keep", "drop"), default="drop", help="trajectories that decline to answer (default: %(default)s)")
-    g.add_argument("--prompt", choices=("student", "teacher"), default="student", help="teacher: Appendix B's, which names the diagnosis")
     g.add_argument("--max_pixels", type=int, default=1024 * 28 * 28, help="pixels per image, 784 make a token (default: %(default)s)")
     g.add_argument("--num_workers", type=int, default=0, help="processes per rank that load images (default: %(default)s)")
+    g.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="weights in bf16, updates in fp32")
+    g.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
+    g.add_argument("--train_base", action="store_true", help="scale model only: train its base student anew instead of taking the file that ships")
+
+
+def add_training_arguments(parser):
+    """The flags of the two stages that train."""
+    add_data_arguments(parser)
     g = parser.add_argument_group("optimisation")
     g.add_argument("--train", default="lora", help="what trains: lora,merger,decoder,vision (default: %(default)s)")
     g.add_argument("--lora_r", type=int, default=8, help="rank (default: %(default)s)")
@@ -139,8 +129,7 @@ def add_arguments(parser):
     g.add_argument("--weight_decay", type=float, default=0.05, help="decoupled (default: %(default)s)")
     g.add_argument("--max_grad_norm", type=float, default=1.0, help="clip to this global norm (default: %(default)s)")
     g.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute layers in the backward pass")
-    g.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="weights in bf16, updates in fp32")
-    g.add_argument("--seed", type=int, default=0, help="of order, dropout and adapters (default: %(default)s)")
+    g.add_argument("--prompt", choices=("student", "teacher"), default="student", help="teacher: Appendix B's, which names the diagnosis")
     g = parser.add_argument_group("run")
     g.add_argument("--logging_steps", type=int, default=10, help="steps per line of log.jsonl (default: %(default)s)")
     g.add_argument("--save_steps", type=int, default=500, help="steps per checkpoint (default: %(default)s)")
@@ -157,6 +146,15 @@ def parse(parser, presets, argv=None):
     name = first.preset or ("paper" if first.studies else "demo")
     parser.set_defaults(**presets[name], preset=name)
     return parser.parse_args(argv)
+
+
+def require(args, **how):
+    """Stops before any work where an input is missing, and says how it is made. how: {flag: the command that makes it}."""
+    for name, hint in {"studies": "one JSON object a line, see data.py", **how, "output_dir": "name the run's folder"}.items():
+        value = getattr(args, name)
+        hub_id = name == "student" and value and value.count("/") == 1
+        if value is None or not (name == "output_dir" or hub_id or os.path.exists(value)):
+            raise SystemExit(f"--{name}{' ' + value if value else ''}: missing; {hint}")
 
 
 # ------------------------------------------------------------------------------------------------------- plan of a run
@@ -310,155 +308,6 @@ def update(parameters, optimizer, learning_rate, max_grad_norm):
     return norm
 
 
-# -------------------------------------------------------------------------------------------------- run folder, checkpoints
-
-def fingerprint(path):
-    """sha256 of a file, or of the weights, config and tokenizer of a student's folder; a hub id is its own fingerprint."""
-    path = Path(path)
-    if not path.exists():
-        return str(path)
-    digest = hashlib.sha256()
-    for file in sorted(path.glob("*.*")) if path.is_dir() else [path]:
-        if file.is_file() and file.suffix in (".json", ".jsonl", ".safetensors", ".txt"):
-            digest.update(f"{file.name} {_sha256(file)}".encode())
-    return digest.hexdigest()
-
-
-def _sha256(file):
-    with open(file, "rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
-
-
-def _fsync(path):
-    handle = os.open(path, os.O_RDONLY)
-    os.fsync(handle)
-    os.close(handle)
-
-
-def write_text(path, text):
-    """Writes whole or not at all."""
-    temporary = Path(path).with_name(f".tmp-{Path(path).name}")
-    temporary.write_text(text, encoding="utf-8")
-    _fsync(temporary)
-    os.replace(temporary, path)
-    _fsync(Path(path).parent)
-
-
-NOT_SETTINGS = ("output_dir", "resume", "logging_steps", "save_steps", "save_total_limit", "num_workers", "dry_run", "micro_batch_note")
-
-
-def open_run(args, inputs):
-    """Claims the run folder for this command: locks it, writes args.json and env.json, refuses a folder that another command began.
-    inputs: {name: path} whose contents count as settings. Returns the lock, to be kept until the end."""
-    folder = Path(args.output_dir)
-    settings = {key: value for key, value in sorted(vars(args).items()) if key not in NOT_SETTINGS}
-
-    def claim():
-        settings.update(world_size=world(), **{f"{name}_sha256": fingerprint(path) for name, path in inputs.items() if path})
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however the process ends
-        except BlockingIOError:
-            raise SystemExit(f"{folder}: another run holds {folder / '.lock'}; wait for it or choose another --output_dir") from None
-        if args.resume == "never":
-            for old in [*folder.glob("step-*"), *folder.glob("*.json*"), *folder.glob("*.safetensors"), folder / "student", folder / "adapter"]:
-                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
-        if (folder / "args.json").exists():
-            before, now = json.loads((folder / "args.json").read_text()), json.loads(json.dumps(settings))
-            differ = [f"  {key}: {before.get(key)!r} there, {now.get(key)!r} here" for key in sorted({*before, *now})
-                      if before.get(key) != now.get(key)]
-            if differ:
-                raise SystemExit(f"{folder}: was begun with other settings, choose another --output_dir:\n" + "\n".join(differ))
-        write_text(folder / "args.json", json.dumps(settings, indent=2) + "\n")
-        write_text(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
-        return lock
-
-    return on_rank_zero(claim)
-
-
-def environment():
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__, "commit": git.stdout.strip(),
-            "command": sys.argv, "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or [platform.processor() or "cpu"]}
-
-
-def save_checkpoint(folder, step, parameters, optimizer, extra, keep):
-    """step-N/ with what trains (safetensors), each rank's optimiser shard, and a manifest written last; renamed into place whole."""
-    folder, final = Path(folder), Path(folder) / f"step-{step:06d}"
-    temporary = folder / f".tmp-{final.name}"
-
-    def weights():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, temporary / "trainable.safetensors")
-
-    def publish():
-        files = sorted(temporary.iterdir())
-        for file in files:
-            _fsync(file)
-        write_text(temporary / "manifest.json", json.dumps({"step": step, "sha256": {f.name: _sha256(f) for f in files}, **extra}) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        _fsync(folder)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
-            shutil.rmtree(old)
-
-    on_rank_zero(weights)
-    local = getattr(optimizer, "optim", optimizer)
-    if local is not optimizer or rank() == 0:
-        state = {f"{name}:{key}": value.cpu().contiguous() for name, p in parameters.items() for key, value in local.state.get(p, {}).items()}
-        save_file(state, temporary / f"optimizer-{rank()}.safetensors")
-    barrier()
-    on_rank_zero(publish)
-
-
-def newest_checkpoint(folder):
-    """The newest step-N/ whose files are what its manifest says, with that manifest; (None, None) if there is none."""
-    for path in sorted(Path(folder).glob("step-*"), reverse=True):
-        try:
-            manifest = json.loads((path / "manifest.json").read_text())
-            if all(_sha256(path / name) == digest for name, digest in manifest["sha256"].items()):
-                return path, manifest
-            reason = "its files do not match its manifest"
-        except (OSError, ValueError, KeyError) as error:
-            reason = str(error)
-        say(f"warning: {path} is damaged ({reason}); falling back to the one before")
-    return None, None
-
-
-def load_checkpoint(path, parameters, optimizer):
-    """Puts a checkpoint's weights and optimiser state back, masters and moments in fp32 as they were."""
-    weights = load_file(path / "trainable.safetensors")
-    if set(weights) != set(parameters):
-        raise ValueError(f"{path}: holds other parameters than --train makes trainable")
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(weights[name])
-    local = getattr(optimizer, "optim", optimizer)
-    shard = path / f"optimizer-{rank() if local is not optimizer else 0}.safetensors"
-    with safe_open(shard, "pt") as file:
-        for key in file.keys():
-            name, _, part = key.rpartition(":")
-            p = parameters[name]
-            value = file.get_tensor(key)
-            local.state[p][part] = value if part == "step" else value.to(p.device)
-
-
-def resume(args, parameters, optimizer):
-    """Goes on from the newest valid checkpoint of the run folder: returns (step, the log's open interval), (0, None) for a new run.
-    Exits with status 2 if --resume must finds none."""
-    path, manifest = newest_checkpoint(args.output_dir)
-    if path is None:
-        if args.resume == "must":
-            say(f"{args.output_dir}: --resume must, but there is no valid checkpoint")
-            raise SystemExit(2)
-        return 0, None
-    load_checkpoint(path, parameters, optimizer)
-    say(f"continuing from {path}")
-    return manifest["step"], manifest["log"]
-
-
 class Stop:
     """Set by SIGTERM: the loop finishes its step, saves and ends. A second SIGTERM kills."""
 
@@ -469,80 +318,3 @@ class Stop:
     def _ask(self, *_):
         self.asked = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-
-
-class Log:
-    """Means over an interval, one JSON line each. add(name, sum, count) locally; `reduce` sums one step over the ranks in one
-    all-reduce together with the stop flag. On resume the file is cut back to the step of the checkpoint."""
-
-    def __init__(self, folder, names, device, step=0, sums=None):
-        self.path, self.names, self.device = Path(folder) / "log.jsonl", list(names), device
-        self.sums = dict(sums) if sums else {name: [0.0, 0.0] for name in self.names}
-        self.begin_step()
-        self.clock, self.tokens = time.perf_counter(), 0
-        if rank() == 0:
-            for path in (self.path, self.path.with_name("speed.jsonl")):
-                lines = path.read_text().splitlines() if path.exists() else []
-                kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-                write_text(path, "".join(line + "\n" for line in kept))
-
-    def begin_step(self):
-        self.now = torch.zeros(len(self.names) + 1, 2, dtype=torch.float64)
-
-    def add(self, name, total, count=1):
-        self.now[self.names.index(name)] += torch.tensor([float(total), float(count)], dtype=torch.float64)
-
-    def reduce(self, stop=False):
-        """-> ({name: (sum, count)} of this step over all ranks, whether any rank was asked to stop)."""
-        self.now[-1, 0] = float(stop)
-        total = all_reduce(self.now.to(self.device)).cpu()
-        step = {name: (float(s), float(c)) for name, (s, c) in zip(self.names, total.tolist())}
-        for name, (s, c) in step.items():
-            self.sums[name] = [self.sums[name][0] + s, self.sums[name][1] + c]
-        self.begin_step()
-        return step, bool(total[-1, 0])
-
-    def write(self, step, **more):
-        """Writes the line of the interval that ends after `step` steps and returns it."""
-        line = {"step": step, **{name: s / c for name, (s, c) in self.sums.items() if c}, **more}
-        seconds = time.perf_counter() - self.clock
-        speed = {"step": step, "seconds": seconds}
-        if "tokens" in self.sums:
-            speed["tokens_per_second"] = self.sums["tokens"][0] / seconds
-        if self.device.type == "cuda":
-            speed["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
-        if rank() == 0:
-            for path, record in ((self.path, line), (self.path.with_name("speed.jsonl"), speed)):
-                with open(path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
-        self.sums = {name: [0.0, 0.0] for name in self.names}
-        self.clock = time.perf_counter()
-        return line
-
-
-def finish(args, model, encoder, parameters, stage):
-    """Writes adapter/ (LoRA) and student/ (merged, as transformers loads it), each whole or not at all; student/ marks the end."""
-    folder, lora = Path(args.output_dir), "lora" in args.train.split(",")
-
-    def publish(name, write):
-        temporary = folder / f".tmp-{name}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        write(temporary)
-        shutil.rmtree(folder / name, ignore_errors=True)
-        os.replace(temporary, folder / name)
-
-    def write():
-        if lora:
-            publish("adapter", lambda path: students.save_adapter(model, path, args.student, args.lora_r, args.lora_alpha, args.lora_dropout))
-        if args.merge or not lora:
-            students.merge_lora(model)
-            card = (f"---\nbase_model: {args.student}\nlibrary_name: transformers\npipeline_tag: image-text-to-text\nlicense: other\n---\n"
-                    f"Student after {stage} (trained: {args.train}). For research; not a medical device.\n")
-            publish("student", lambda path: students.save(model, encoder, path, card))
-        write_text(folder / "finished.json", json.dumps({"stage": stage, "train": args.train}) + "\n")
-
-    on_rank_zero(write)
-
-
-def finished(args):
-    return (Path(args.output_dir) / "finished.json").exists() and args.resume != "never"

@@ -1,15 +1,13 @@
 """Which of the 14 CheXpert / MIMIC-CXR findings a text asserts about a chest radiograph: read by rules, without a model.
 
     read_findings("No pneumothorax. Small left effusion, possibly pneumonia.")
-    -> {"Pneumothorax": (0, ...), "Pleural Effusion": (1, ...), "Pneumonia": (-1, ...), "Support Devices" and others absent}
+    -> {"Pneumothorax": Reading(0, "No pneumothorax."), "Pleural Effusion": Reading(1, ...), "Pneumonia": Reading(-1, ...)}
 
-It reads radiology reports and answers of chat models. A text is cut into sentences and, at colons and dashes, into a label and
-what is said of it. In each piece one regular expression finds mentions and cues; one sweep to the right carries "no", "possible",
-"history of" from the cue to what follows, one sweep to the left carries "is absent", "cannot be excluded", "is enlarged" back to
-what precedes; conjunctions and verbs end a scope. Both sweeps and the search are linear in the length of the text.
-
-The conventions are those of the CheXpert labeler (Irvin et al. 2019, https://github.com/stanfordmlgroup/chexpert-labeler) and of
-NegBio (Peng et al. 2018); its vocabulary of findings carries over, its parser and code do not. Worth knowing:
+It reads radiology reports and answers of chat models. A text is cut into sentences and, at colons and dashes, into labels and what is
+said of them. In each piece one regular expression finds mentions and cues; a sweep to the right carries "no", "possible", "history of"
+to what follows, a sweep to the left carries "is absent", "cannot be excluded", "is enlarged" to what precedes; conjunctions and verbs
+end a scope. Conventions and vocabulary are those of the CheXpert labeler (Irvin et al. 2019, stanfordmlgroup/chexpert-labeler) and of
+NegBio (Peng et al. 2018), without their parser and without their code:
 
  1. Over the mentions of a finding, positive > uncertain > negative. "No new X" and "no definite X" are uncertain.
  2. "No Finding" is 1 if no other finding except Support Devices and no other abnormality (emphysema, granuloma, hernia, ...) is positive
@@ -23,146 +21,16 @@ NegBio (Peng et al. 2018); its vocabulary of findings carries over, its parser a
 """
 
 import re
+from dataclasses import dataclass
+from itertools import product
 from typing import NamedTuple
+
+from .findings_phrases import (ANATOMY, CLAUSE_STARTS, CUES, DEGREE, GENERIC, HEART_FAILURE, MENTIONS, NOT_MENTIONS, OTHER_ABNORMALITIES,
+                               OTHER_SECTIONS, REFUSALS, SKIPPED_SECTIONS, WEAK_MENTIONS)
 
 FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum", "Fracture", "Lung Lesion", "Lung Opacity",
             "No Finding", "Pleural Effusion", "Pleural Other", "Pneumonia", "Pneumothorax", "Support Devices")
 POSITIVE, NEGATIVE, UNCERTAIN = 1, 0, -1
-
-# Phrases are lower case, separated by "|"; hyphens inside words have become blanks. "*" is any ending of a word, "~" up to three of DEGREE.
-# Where two phrases start at the same place the longer one wins, so "pericardial effusion" hides the "effusion" in it.
-
-MENTIONS = {
-    "Atelectasis": "atelecta*|collapse*|collapsing",
-    "Cardiomegaly": "cardiomegal*|cardiac enlargement|heart enlargement",
-    "Consolidation": "consolidat*",
-    "Edema": "edema*|oedema*|fluid overload",
-    "Enlarged Cardiomediastinum": "mediastinal widening|mediastinal enlargement|mediastinal prominence",
-    "Fracture": "fractur*|broken rib*",
-    "Lung Lesion": "mass|masses|nodule*|nodular densit*|nodular opaci*|lung lesion*|pulmonary lesion*|cavitary lesion*|lump|lumps|neoplas*"
-                   "|tumor*|tumour*|carcinoma*|lung cancer",
-    "Lung Opacity": "opaci*|infiltrat*|airspace disease|air space disease|increased densit*|interstitial marking*|interstitial prominence"
-                    "|interstitial pattern|interstitial lung|interstitial disease|reticula*|scar|scars|scarring|ground glass|haziness"
-                    "|peribronchial thickening|bronchial wall thickening",
-    "Pleural Effusion": "effusion*|pleural fluid|fluid in the pleural space*|hydrothora*|hemothora*|hydropneumothora*|pleural or pericardial effusion*"
-                        "|pericardial or pleural effusion*",
-    "Pleural Other": "pleural thickening|pleural scar*|pleural parenchymal scar*|pleuroparenchymal scar*|pleural plaque*|apical cap*|fibrosis"
-                     "|fibrothorax|pleural other",
-    "Pneumonia": "pneumonia*|bronchopneumonia*|infection*|infectious",
-    "Pneumothorax": "pneumothora*|hydropneumothora*|ptx",
-    "Support Devices": "pacemaker*|pacer*|icd|aicd|defibrillator*|picc|central line*|venous line*|arterial line*|central venous|jugular line*"
-                       "|subclavian line*|tube|tubes|catheter*|port a cath*|portacath*|mediport*|chest port|infusion port|cannula*|drain|drains|pigtail"
-                       "|stent|stents|hardware|arthroplast*|prosthe*|valve replacement*|mechanical valve*|artificial valve*|replaced valve*|device*"
-                       "|support apparatus|supporting equipment|support equipment|lines and tubes|lines or tubes|lines, tubes|ecg lead*|ekg lead*"
-                       "|pacing lead*|monitoring lead*|electrode*|skin marker*|fiducial*|surgical plate*|screw|screws|spinal fixation|fixation"
-                       "|embolization coil*|tracheostomy|endotracheal|nasogastric|dobhoff|swan ganz|balloon pump|iabp|lvad|stimulator",
-}
-# Asserted, these are still only a hint of the finding.
-WEAK_MENTIONS = {"Edema": "vascular congestion|pulmonary congestion|venous congestion|congestive change*|vascular prominence|indistinctness"}
-HEART_FAILURE = "chf|heart failure|congestive heart failure|congestive failure|cardiac failure"
-# Organs that say nothing by themselves: the finding depends on a status word ("enlarged", "normal", "stable").
-ANATOMY = {
-    "Cardiomegaly": "heart|hearts|heart size|cardiac size|cardiac silhouette*|heart silhouette|cardiac shadow|heart shadow|cardiac contour*"
-                    "|heart contour*|cardiac outline|cardiac and|cardiac,",
-    "Enlarged Cardiomediastinum": "mediastinum|cardiomediastinum|cardiomediastinal|cardio mediastinal|mediastinal contour*|mediastinal silhouette*"
-                                  "|mediastinal structures|mediastinal size|mediastinal width|mediastinal configuration|mediastinal border*"
-                                  "|mediastinal outline*|mediastinal and|mediastinal,|pericardial silhouette",
-}
-# Not one of the 14, but a film that shows it is not "No Finding".
-OTHER_ABNORMALITIES = (
-    "emphysema*|copd|hyperinflat*|hyperexpan*|granuloma*|calcifi*|scolio*|kyphosis|kyphotic|degenerat*|spondyl*|osteophyt*|osteopen*|hernia*"
-    "|eventration|volume loss|loss of volume|elevat*|blunt*|bronchiecta*|bulla*|bullous|bleb*|cavit*|metasta*|adenopathy|lymphadenopathy"
-    "|cephalization|aneurysm*|atherosclero*|pneumomediastinum|pneumoperitoneum|free air|deformit*|contusion*|hemorrhage|hematoma|aspiration"
-    "|bronchit*|bronchiolit*|asthma*|cuffing|thickening|arthritis|arthropathy|hypertension|foreign body|bullet*"
-)
-NOT_MENTIONS = (  # they contain a phrase above or below and are something else
-    "pericardial effusion*|joint effusion*|calcified nodul*|mass effect|body mass|kerley b lines|soft tissue edema|subcutaneous edema|leg edema"
-    "|peripheral edema|vertebral collapse|vertebral body collapse|vertebra* collapse|collapse of vertebra*|collapsed vertebra*|heart rate"
-    "|heart disease|not only|no doubt|no ~ increase|no ~ decrease|no ~ worsening|no ~ progression|no ~ improvement|not ~ displaced|not ~ large"
-    "|not ~ larger|not ~ smaller|not ~ worse|consistent with|compatible with|keeping with|associated with|along with|together with|when compared"
-    "|that is|that are|which is|which are|that was|which was|or two|or three|or more|partial resolution of|near complete resolution of"
-    "|nearly complete resolution of|incomplete resolution of|not ~ resolved|nearly resolved|partially resolved|incompletely resolved"
-)
-OVER = ("over the|overlying the|overlies the|behind the|projecting over the|in the|into the|within the").split("|")  # a place, not a subject
-PLACES = "heart|left heart|right heart|cardiac silhouette|mediastinum|superior mediastinum|cardiac shadow".split("|")
-
-DEGREE = ("significant|significantly|appreciable|appreciably|interval|substantial|substantially|obvious|clearly|definite|definitely|definitively"
-          "|entirely|completely|fully|totally|confidently|reliably|accurately|adequately|be|been|to|have|also|any|major|well|strongly|still")
-
-CUES = {
-    # To the right: they rule what follows.
-    "neg": "no|not|without|negative for|free of|free from|clear of|cleared of|absence of|lack of|devoid of|denies|neither|nor|never|none of"
-           "|resolution of|clearing of|removal of|rather than|instead of|as opposed to|excludes|fails to|negative findings|pertinent negatives"
-           "|unremarkable for|cannot ~ see|cannot ~ identify|cannot ~ detect",
-    "unc": "may|might|could|would|can be|can represent|can reflect|can indicate|suspicious for|suspicion of|suspicion for|suspect|concern for"
-           "|concerns for|concerning for|worrisome for|question of|suggestion of|favor*|favour*|consider|differential|whether|rule out|to exclude"
-           "|query|correlate for|correlation for|correlate clinically",
-    "unc!": "no new|without new|no definite|without definite|cannot ~ exclude|cannot ~ rule out|not ~ exclude|not ~ rule out|unable to exclude"
-            "|unable to rule out|no evidence to rule out",
-    "ign": "history of|if|if there|when|evaluate for|evaluation for|evaluation of|assess for|assessment for|look for|looking for|check for"
-           "|monitor for|monitoring for|screen for|recommend*|basis for|basis of|to determine|diagnosed with|diagnosed as|risk of|risk for|in case of"
-           "|in cases of|in patients with|symptoms of|cannot ~ determine|cannot ~ confirm|cannot ~ diagnose|cannot ~ assess|cannot ~ tell"
-           "|cannot ~ say|cannot ~ interpret|cannot ~ provide|cannot ~ comment|not able to|unable to|not capable of",
-    "example": "conditions such as|diseases such as|causes such as|processes such as|diagnoses such as|conditions like",
-    # To the left: they rule what precedes.
-    "neg<": "not ~ seen|not ~ present|not ~ identified|not ~ evident|not ~ visible|not ~ visualized|not ~ noted|not ~ demonstrated|not ~ detected"
-            "|not ~ appreciated|not ~ apparent|not ~ found|not ~ shown|not ~ observed|not ~ suspected|not ~ suggested|excluded|ruled out|none|nil",
-    "unc<": "cannot ~ excluded|cannot ~ ruled out|not ~ excluded|not ~ ruled out|difficult to exclude|hard to exclude|should ~ considered"
-            "|could ~ considered|may ~ considered|a consideration|a possibility|in the differential|may ~ present|might ~ present|could ~ present"
-            "|may have this appearance|could have this appearance|of concern|questioned|incompletely evaluated|not clearly seen|not well seen",
-    "unseen": "not ~ evaluated|not ~ assessed|cannot ~ evaluated|cannot ~ assessed|difficult to evaluate|difficult to assess|poorly evaluated"
-              "|poorly assessed|poorly visualized|not well visualized|limited evaluation",
-    # Before a noun to the right, after a verb to the left: "resolved effusion", "effusion has resolved".
-    "neg<>": "resolved|cleared|removed|no longer|unlikely|absent|negative|not ~ appear",
-    "unc<>": "possible|possibly|probable|probably|questionable|suspected|potential|potentially|presumed|presumably|perhaps|maybe|equivocal"
-             "|less likely|conceivable|conceivably",
-    "normal": "normal|unremarkable|within normal limits|upper limits of normal|upper limit of normal|upper limits normal|top normal|wnl",
-    "abnormal": "enlarged|enlargement|enlarging|widened|widening|wide|prominent|prominence|increased|large|dilated|bigger",
-    "borderline": "borderline|accentuated|exaggerated|magnified|obscured",
-    "stable": "stable|unchanged|unaltered|similar|no ~ change*|not ~ changed|without ~ change*",
-    # The rest shapes scopes.
-    "clear": "clear|well aerated|well expanded",
-    "affirm": "yes|present|seen|noted|identified|visible|visualized|evident|observed|detected|decreased|improved|worsened|persist*|larger|smaller",
-    "copula": "is|are|was|were|has|have|had|remain*|appear*",
-    "verb": "show*|demonstrate*|reveal*|indicates|suggests|contains",
-    "purpose": "to suggest|to indicate|to explain|to support",
-    "or": "or|and/or",
-    "versus": "versus|vs",
-    "and": "and|as well as",
-    "with": "with",
-    "break": "but|however|although|though|except|other than|aside from|apart from|besides|while|whereas|despite|given|because|there is|there are"
-             "|there was|there were|there has been",
-    "disease": "abnormalit*|disease|diseases|process|processes|finding|findings|patholog*",
-    "noun": "lung|lungs|aorta|aortic|hila|hilar|hilum|vascularity|vasculature|diaphragm*|hemidiaphragm*|trachea|bone|bones|bony|osseous|chest|thorax"
-            "|rib|ribs|spine|exam|examination|study|radiograph|x ray|film|image|structures|angle|angles|pleura|pleural space*|crowding|artifact",
-}
-# After a comma or "and" these begin a new statement: "no pneumothorax, stable cardiomegaly".
-CLAUSE_STARTS = ("there|the|this|it|stable|unchanged|persistent|mild|mildly|minimal|moderate|moderately|severe|trace|small|improved|improving|worsening"
-                 "|again|possible|possibly|probable|probably|likely|questionable|may")
-
-# Sentences about medicine in general.
-_SORT = "a|an|the|or|partial|complete|abnormal|excess|medical|common|serious|general|lung|fluid|type|kind|form|of"
-GENERIC = (
-    r"\brefers? to\b|\b(?:is|are) (?:defined as|characteri[sz]ed by|typically|usually|often|commonly|generally)\b|\bis an? (?:\w+ ){0,2}condition\b",
-    r"^(?!there|the |this|these|that|it |key|main)(?:[\w()]+ ){1,5}(?:is|are|occurs|means) (?:(?:" + _SORT + r") ){0,5}"
-    r"(?:condition|collection|accumulation|build ?up|collapse|infection|inflammation|enlargement|swelling|presence of (?:air|fluid|gas|excess))",
-    r"\b(?:may|might|can|could|would|typically|often|usually|commonly|generally) (?:appear|present|manifest|show up)s? (?:as|on|in|with)\b",
-    r"\bto look (?:for|out)\b|\bwhen (?:\w+ ){1,6}(?:is|are) suspected\b|\bgeneral (?:information|overview|guidance|knowledge)\b",
-    r"\b(?:signs?|features|findings|symptoms) of (?:\w+ ){1,4}(?:include|are)\b|\b(?:common|other|typical|possible) causes\b|\bcauses include\b",
-    r"\b(?:can be|often|usually|typically|commonly) caused by\b|\bthis can cause\b",
-    r"\ba normal chest (?:\w+ ){0,2}(?:shows?|would|has|should|typically|usually)\b",
-)
-SKIPPED_SECTIONS = (r"(?:clinical )?(?:indications?|history|information|data|context)|reason for (?:the |this )?(?:exam|examination|study|visit)"
-                    r"|comparisons?|techniques?|procedure|exam|examination|study|views?|recommendations?|next steps|follow up|disclaimer")
-SECTIONS = (r"(?:key |main |radiographic |image )?(?:findings?|observations?)|impressions?|conclusions?|reports?|interpretation|results?|summary"
-            r"|assessment|diagnosis|answer")
-REFUSALS = (
-    r"\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b",
-    r"\b(?:i|we) (?:am|are|'m|'re) (?:\w+ )?(?:unable|not (?:able|capable|qualified|allowed|permitted|a (?:doctor|radiologist|physician|medical)))\b",
-    r"\b(?:i|we) (?:\w+ )?(?:cannot|will not|must decline|do not feel comfortable|do not have the (?:ability|capability|capacity)|do not have access)\b",
-    r"\b(?:i|we) do not (?:see|find) (?:an|any|the) (?:\w+ ){0,2}(?:image|picture|attachment)\b|\bno image (?:was|is|has been)\b",
-    r"\b(?:i'm|i am) sorry, (?:but )?\b|\b(?:i'd|i would) (?:have|need) to decline\b|\b(?:i|we) (?:am|are|'m|'re) not a substitute\b",
-)
 
 
 class Reading(NamedTuple):
@@ -172,8 +40,367 @@ class Reading(NamedTuple):
     sentence: str
 
 
-class _Event(NamedTuple):
+@dataclass(slots=True)
+class _Event:
+    """A mention or cue in a piece of text, and what the sweeps find out about it."""
+
     start: int
     end: int
     kind: str
     findings: tuple
+    rules_right: bool = False  # "resolved effusion" (True) against "effusion has resolved"
+    status: str = None         # a status word after negation: "not enlarged" is normal
+    before: str = None         # what the words before it say: neg, unc, unc!, ign
+    after: str = None          # what the words after it say: neg, unc
+    status_before: str = None  # the same for the status of an organ
+    status_after: str = None
+
+
+def _phrases():
+    """Every phrase -> (kind, findings). A phrase listed under two findings is a mention of both."""
+    tables = [("mention", MENTIONS), ("weak", WEAK_MENTIONS), ("failure", HEART_FAILURE), ("anatomy", ANATOMY)]
+    tables += [(kind, {None: phrases}) for kind, phrases in (("other", OTHER_ABNORMALITIES), *CUES.items(), ("nothing", NOT_MENTIONS))]
+    phrases = {}
+    for kind, table in tables:
+        for finding, row in table.items():
+            for entry in row.split("|"):
+                for words in product(*(word.split("/") for word in entry.split())):
+                    others = phrases.get(" ".join(words), (kind, ()))[1]
+                    phrases[" ".join(words)] = kind, others + ((finding,) if finding else ())
+    return phrases
+
+
+def _compile():
+    """One regular expression for all phrases, by first letter and then the longer ones first; (kind, findings) of each of its groups."""
+    letters, kinds = {}, [None]
+    for phrase, kind in sorted(_phrases().items(), key=lambda item: (item[0][0], -len(item[0]), item[0])):
+        regex = phrase.replace(" ~ ", rf" (?:(?:{DEGREE}) ){{0,3}}").replace("*", r"\w*")
+        letters.setdefault(phrase[0], []).append(f"({regex})" if phrase.endswith("*") else rf"({regex})(?!\w)")
+        kinds.append(kind)
+    branches = (f"(?={letter})(?:{'|'.join(regexes)})" for letter, regexes in letters.items())
+    return re.compile(rf"\b(?:{'|'.join(branches)})|[,;()?]"), kinds
+
+
+_PHRASE, _KINDS = _compile()
+_GENERIC, _REFUSAL = re.compile("|".join(GENERIC)), re.compile("|".join(REFUSALS))
+_SKIPPED, _SECTION = re.compile(SKIPPED_SECTIONS), re.compile(f"{SKIPPED_SECTIONS}|{OTHER_SECTIONS}")
+_CLAUSE_START = re.compile(rf"(?:,? and)? (?:{CLAUSE_STARTS})\b")
+_BULLET = re.compile(r"^(?:[-*•+–·]|\(?\d{1,2}[.)])\s+|^(?=[✓✔✅❌✗✘])")
+_SENTENCE_END = re.compile(r"(?:[.!]|(?<=\S)\?)[.!?]*[\"')\]*_]*(?=\s|$)|(?<=[a-z]{3})\.(?=[A-Z])")
+_ABBREVIATION = re.compile(r"(?:^|[\s(])(?:dr|mr|mrs|ms|vs|e\.g|i\.e|cf|approx|st)$", re.IGNORECASE)
+_LABEL_END = re.compile(r":(?=[\s*_]|$)|\s[-–—]+\s|—")
+_QUESTION = re.compile(r"(?:is|are|was|does|do|did|can|could|would|should|has|have|what|which|how|where|why)\b.*\?$")
+_MENTIONS = {"mention", "weak", "failure", "other", "disease"}
+_TARGETS = _MENTIONS | {"anatomy", "noun"}
+_STATUSES = {"stable": UNCERTAIN, "normal": NEGATIVE, "borderline": UNCERTAIN, "unseen": UNCERTAIN, "abnormal": POSITIVE}
+_STRENGTH = tuple(_STATUSES).index  # side by side the stronger one counts
+_SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
+    (r"_{3,}", " xxxx "),  # a de-identified blank
+    (r"[*_`#~]+", ""), (r"[❌✗✘]", " no "), (r"[✓✔✅]", " "), (r"’", "'"), (r"\band/or\b", "or"), (r"\bw/o\b", "without"),
+    (r"\br/o\b", "rule out"), (r"\bc/w\b", "consistent with"), (r"\bh/o\b", "history of"),
+    (r"\b(?:can't|can not|could not|couldn't)\b", "cannot"), (r"n't\b", " not"), (r"'m\b", " am"), (r"'re\b", " are"),
+    (r"(?<=[a-z])[-‐‑](?=[a-z])", " "), (r"\s+", " "))]
+
+
+def _normalise(text):
+    text = text.lower()
+    for pattern, new in _SPELLINGS:
+        text = pattern.sub(new, text)
+    return text.strip()
+
+
+def _lines(text):
+    """(kind, line), kind blank, bullet, heading or plain. Lines that were only wrapped are joined again, rules of dashes are dropped."""
+    lines, previous = [("blank", [""])], ""
+    for line in map(str.strip, text.splitlines()):
+        if line.startswith("|"):  # a row of a table reads like "label: value"
+            line = " : ".join(cell.strip() for cell in line.strip("|").split("|"))
+        if line and not line.strip("-:=_*# \t"):
+            continue
+        is_heading = line.startswith("#") or re.fullmatch(r"\*\*[^*]+\*\*:?", line)
+        kind = "blank" if not line else "bullet" if _BULLET.match(line) else "heading" if is_heading else "plain"
+        wrapped = previous.endswith(",") or (len(previous) >= 45 and previous[-1] not in ".:;!?")
+        if wrapped and kind == "plain" and lines[-1][0] != "heading" and not re.match(r"[^:.]{1,40}:(?:\s|$)", line):
+            lines[-1][1].append(line)
+        else:
+            lines.append((kind, [line]))
+        previous = line
+    for (kind, parts), (_, following) in zip(lines, lines[1:] + lines[:1]):
+        line = " ".join(parts)
+        if following[0].startswith(("- ", "* ", "• ")) and not line.startswith(("-", "*", "•")) and len(line) < 50 and line[-1:] not in ".;!?,":
+            kind = "heading"  # "2. Pneumothorax" above a list of dashes
+        yield kind, line
+
+
+def _sentences(line):
+    start = 0
+    for match in _SENTENCE_END.finditer(line):
+        if not _ABBREVIATION.search(line[max(start, match.start() - 8):match.start()]):
+            yield line[start:match.end()].strip()
+            start = match.end()
+    yield line[start:].strip()
+
+
+def _pieces(text):
+    """(number of the line, its kind, sentence, piece of it, whether the piece is a label) of all that is about the image."""
+    skipped = begun = False
+    for number, (kind, line) in enumerate(_lines(text)):
+        skipped = skipped and not (kind == "blank" and begun)
+        for sentence in _sentences(_BULLET.sub("", line)):
+            cuts = [(match.start(), match.end()) for match in _LABEL_END.finditer(sentence)]
+            for (_, start), (end, _) in zip([(0, 0)] + cuts, cuts + [(len(sentence), 0)]):
+                name = sentence[start:end].strip(" *_#").lower()
+                is_label = end < len(sentence) or kind == "heading"
+                if is_label and _SECTION.fullmatch(name):
+                    skipped, begun = bool(_SKIPPED.fullmatch(name)), False
+                elif skipped:
+                    begun = begun or bool(name)
+                elif name.strip(".,;x"):
+                    yield number, kind, sentence, sentence[start:end], is_label
+
+
+def _events(text):
+    """The mentions and cues of a normalised piece, left to right, each with the direction in which it rules."""
+    events, target = [], None
+    for match in _PHRASE.finditer(text):
+        kind, findings = _KINDS[match.lastindex] if match.lastindex else (match[0], ())
+        if kind in (",", "and") and _CLAUSE_START.match(text, match.end()):
+            kind = "break"
+        elif kind == "," and events and events[-1].kind == "neg" and events[-1].end == match.start():
+            events[-1].kind = "neg<"  # "No, there is ..." is an answer and negates nothing that follows
+        elif kind == "?" and match.end() < len(text):
+            kind = "unc"
+        if kind != "nothing":
+            events.append(_Event(match.start(), match.end(), kind, findings))
+    for event, one_back, two_back in zip(events[::-1], events[-2::-1] + [None], events[-3::-1] + [None, None]):
+        if event.kind in _TARGETS:
+            target = event.start
+        elif event.kind not in _STATUSES and not event.kind.endswith("<>"):
+            target = None
+        predicative = two_back and one_back.kind == "copula" and two_back.kind in _TARGETS
+        event.rules_right = target is not None and target - event.end <= 60 and not predicative
+    return events
+
+
+def _sweep_right(events, state):
+    """Carry cues to what follows them. Returns the state still waiting for its finding ("No evidence of the following:")."""
+    status = aside = None
+    used = answered = status_used = soft = negated = False
+    for event in events:
+        kind, cue = event.kind, None
+        if kind in _STATUSES and state != "ign":
+            event.status = kind
+            if state == "neg" and not used:
+                event.status = {"abnormal": "normal", "normal": "abnormal"}.get(kind, kind)
+            elif state in ("unc", "unc!") and kind == "abnormal":
+                event.status = "borderline"
+            if event.rules_right:
+                status = event.status if status_used or not status else max(event.status, status, key=_STRENGTH)
+                status_used = False
+        event.before, event.status_before = state, status
+        if kind in _TARGETS:
+            used = status_used = True
+            answered = answered or bool(event.findings)
+        elif kind in ("neg", "unc", "unc!", "ign") or (kind.endswith("<>") and event.rules_right):
+            cue = kind.rstrip("<>")
+        elif kind == "purpose" and negated:
+            cue = "neg"
+        elif kind in ("break", ";") or (kind in ("copula", "with", "there") and used and state != "ign"):
+            state = status = None
+        elif kind == "," and soft:
+            state = None
+        elif kind == "(":
+            aside = state
+        elif kind == ")":
+            state = aside
+        # Negation outlasts doubt ("no findings suspicious for"); what is not about the image stays so.
+        kept = {"neg": cue == "unc" or (cue == "ign" and not used), "unc!": cue == "unc", "ign": cue != "ign"}
+        if cue and not kept.get(state):
+            state, used, answered, soft, negated = cue, False, False, kind == "unc<>", negated or cue == "neg"
+    return None if answered else state
+
+
+def _sweep_left(events):
+    """Carry cues to what precedes them."""
+    state = status = None
+    verbs, used, listed, beside = 0, False, False, False
+    for event in reversed(events):
+        kind = event.kind
+        event.after, event.status_after = state, status
+        if kind in _TARGETS:
+            used, beside = True, False
+        elif kind in ("neg<", "unc<", "unseen", "?") or (kind.endswith("<>") and not event.rules_right):
+            state, verbs, used, listed = "neg" if kind.startswith("neg") else "unc", 0, False, False
+        elif kind in ("affirm", "neg", "unc", "unc!", "ign", "neg<>", "unc<>") or kind in _STATUSES:
+            state = None
+        elif kind in ("copula", "verb"):
+            verbs, beside = verbs + 1, False
+            if verbs > 1:
+                state = status = None
+        elif kind in ("break", ";", "with", "there"):
+            state = status = None
+        elif kind in ("and", "or"):
+            listed = True
+        elif kind == "," and used and not listed:  # "cardiomegaly, pneumothorax not seen" against "A, B and C are absent"
+            state = None
+        if event.status and not event.rules_right:
+            joined = status and (beside or (kind == "stable" and not used))  # "normal and stable"
+            status = max(event.status, status, key=_STRENGTH) if joined else event.status
+            verbs, used, beside = 0, False, True
+
+
+def _mark_alternatives(events):
+    """Mentions joined by "or" or "versus" are uncertain unless something else is said of them."""
+    for left, middle, right in zip(events, events[1:], events[2:] + events[:1]):
+        precedes = left.kind in _TARGETS and middle.start - left.end <= 15
+        follows = right.kind in _TARGETS and 0 < right.start - middle.end <= 40
+        if middle.kind in ("or", "versus"):
+            left.after = left.after or ("unc" if precedes else None)
+            right.after = right.after or ("unc" if follows and (precedes or middle.kind == "versus") else None)
+
+
+class _Piece:
+    """A piece of a sentence, read: `values` [(finding, value)], `labels` [(finding, kind)] that the next piece may answer, and more."""
+
+    def __init__(self, text, state):
+        text = _normalise(text)
+        generic = bool(_GENERIC.search(text))
+        self.is_question = bool(_QUESTION.match(text))
+        self.events = _events(text)
+        self.open_state = _sweep_right(self.events, "ign" if generic else state)
+        self.open_state = "ign" if generic else self.open_state
+        _sweep_left(self.events)
+        _mark_alternatives(self.events)
+        self.values, self.labels, self.is_normal, self.is_abnormal = [], [], False, False
+        about = [event for event in self.events if event.before != "ign"] if not generic else []
+        well = any(event.kind == "clear" or event.status == "normal" for event in about)
+        for event in about:
+            value = _value(event)
+            if event.kind == "anatomy" and value is None:
+                self.labels += [(finding, "anatomy") for finding in event.findings]
+            elif event.kind in _TARGETS:
+                self.values += [(finding, value) for finding in event.findings]
+            if event.kind == "failure" and value != NEGATIVE:
+                self.values.append(("Cardiomegaly", UNCERTAIN))
+            self.is_abnormal = self.is_abnormal or (event.kind == "other" and value != NEGATIVE)
+            self.is_normal = self.is_normal or (event.kind in ("noun", "anatomy") and well) or (event.kind == "disease" and value == NEGATIVE)
+        self.is_bare = all(event.kind in _TARGETS or event.kind in ("and", "or", ",", "(", ")", "abnormal") for event in self.events)
+        if self.is_question or (self.is_bare and len(text) <= 80):
+            self.labels += [(finding, "mention") for finding, value in self.values if value != NEGATIVE]
+
+    def answers(self, labels, asked):
+        """[(finding, value)] that this piece gives to the labels before it: "Pneumothorax: none seen", "Heart: mildly enlarged"."""
+        first = next((event for event in self.events if event.kind not in ("copula", "noun", "with", "there", "verb")), None)
+        if self.open_state == "ign" or (asked and not (first and first.kind in ("neg", "neg<", "affirm"))):
+            return []
+        value = POSITIVE
+        if first and first.start <= 40 and first.kind.startswith(("neg", "unc", "unseen", "normal")):
+            value = NEGATIVE if first.kind.startswith("n") else UNCERTAIN
+        status = next((event.status for event in self.events if event.status), None)
+        given = {"mention": value, "anatomy": _STATUSES.get(status)}
+        read = {finding for finding, _ in self.values}
+        return [(finding, given[kind]) for finding, kind in labels if finding not in read and given[kind] is not None]
+
+
+def _value(event):
+    """1, 0, -1 for a mention or noun; for an organ the value of its status, None without one."""
+    if event.kind == "anatomy":
+        return _STATUSES.get(event.status_after or event.status_before)
+    if event.before != "unc!" and "neg" in (event.before, event.after):
+        return NEGATIVE
+    return UNCERTAIN if event.before or event.after or event.kind == "weak" else POSITIVE
+
+
+def _read(text):
+    """[(finding, value, sentence)] of the text, the first sentence that calls something normal, whether another abnormality is there."""
+    mentions, normal, abnormal = [], None, False
+    labels, label_text, asked, was_label = [], "", False, False
+    last_number = last_sentence = list_state = state = None
+    for number, kind, sentence, text, is_label in _pieces(text):
+        if number != last_number:  # a line that ends in a label rules the list below it
+            list_state = state if was_label else list_state if kind == "bullet" else None
+        piece = _Piece(text, state if sentence is last_sentence else list_state)
+        state = piece.open_state or list_state
+        is_label = is_label or piece.is_question
+        if labels and not (is_label and piece.is_bare):
+            said = sentence if label_text in sentence else f"{label_text} {sentence}"
+            mentions += [(finding, value, said) for finding, value in piece.answers(labels, asked)]
+            labels = []
+        if is_label and piece.labels:
+            labels, label_text, asked = piece.labels, sentence, piece.is_question
+            piece.values = [(finding, value) for finding, value in piece.values if (finding, "mention") not in labels]
+        mentions += [(finding, value, sentence) for finding, value in piece.values]
+        abnormal = abnormal or piece.is_abnormal
+        normal = normal or (sentence if piece.is_normal and not piece.is_question else None)
+        last_number, last_sentence, was_label = number, sentence, is_label
+    if labels and not asked and not label_text.rstrip(" *_").endswith(":"):  # a heading with nothing below it
+        mentions += [(finding, POSITIVE, label_text) for finding, kind in labels if kind == "mention"]
+    return mentions, normal, abnormal
+
+
+def read_findings(text):
+    """The findings that a text asserts about the image.
+
+    Args:
+        text: a radiology report or an answer of a chat model (str of any length; markdown and line breaks are understood)
+
+    Returns:
+        {finding: Reading(value, sentence)}, value 1 positive, 0 negative, -1 uncertain; what is not mentioned is absent.
+        The module docstring lists the conventions. The same text always gives the same answer, in time linear in its length.
+    """
+    mentions, normal, abnormal = _read(text)
+    readings = {}
+    for finding, value, sentence in sorted(mentions, key=lambda mention: (POSITIVE, UNCERTAIN, NEGATIVE).index(mention[1])):
+        if finding not in readings:
+            readings[finding] = Reading(value, " ".join(sentence.split()))
+    others = [reading for finding, reading in readings.items() if finding != "Support Devices"]
+    if (normal or others) and not abnormal and all(reading.value == NEGATIVE for reading in others):
+        readings["No Finding"] = Reading(POSITIVE, " ".join(normal.split()) if normal else others[0].sentence)
+    return readings
+
+
+def is_refusal(text):
+    """True if the text has a refusing phrase ("As an AI, I cannot ...") and says nothing about this image.
+
+    A disclaimer beside a finding, also a denied one, or beside another abnormality is no refusal; explanations of a disease in general
+    are not findings. Linear in the length of the text.
+    """
+    return bool(_REFUSAL.search(_normalise(text))) and not any(_read(text))
+
+
+def finding_scores(predicted, reference, uncertain="negative", findings=FINDINGS):
+    """Precision, recall and F1 of positive findings, micro-averaged over all (text, finding) pairs, and per finding.
+
+    precision = tp / (tp + fp), recall = tp / (tp + fn), F1 = 2 tp / (2 tp + fp + fn); positive means value 1.
+
+    Args:
+        predicted, reference: lists of {finding: value}, of equal length; value 1, 0 or -1, an absent finding counts as negative
+        uncertain: what -1 counts as: "negative", "positive", or "ignore" (pairs with -1 on either side are left out)
+        findings: the findings that count
+
+    Returns:
+        {"precision", "recall", "f1", "tp", "fp", "fn", "per_finding": {finding: the same six}}; a rate is None where its denominator is 0.
+
+    Raises:
+        ValueError: unequal lengths, no texts, an unknown policy, finding or value.
+    """
+    if len(predicted) != len(reference):
+        raise ValueError(f"{len(predicted)} predicted texts but {len(reference)} reference texts")
+    if not predicted:
+        raise ValueError("no texts to score")
+    if uncertain not in ("negative", "positive", "ignore"):
+        raise ValueError(f"uncertain must be negative, positive or ignore, not {uncertain!r}")
+    for finding, value in [item for read in (*predicted, *reference) for item in read.items()]:
+        if finding not in FINDINGS or value not in (POSITIVE, NEGATIVE, UNCERTAIN):
+            raise ValueError(f"{finding!r}: {value!r} is not one of the 14 findings with value 1, 0 or -1")
+    counts_as = {POSITIVE: True, NEGATIVE: False, UNCERTAIN: {"positive": True, "negative": False, "ignore": None}[uncertain]}
+    counts = {}
+    for finding in findings:
+        pairs = [(counts_as[guess.get(finding, NEGATIVE)], counts_as[truth.get(finding, NEGATIVE)]) for guess, truth in zip(predicted, reference)]
+        counts[finding] = pairs.count((True, True)), pairs.count((True, False)), pairs.count((False, True))
+    return {**_rates(*map(sum, zip(*counts.values()))), "per_finding": {finding: _rates(*count) for finding, count in counts.items()}}
+
+
+def _rates(tp, fp, fn):
+    return {"precision": tp / (tp + fp) if tp + fp else None, "recall": tp / (tp + fn) if tp + fn else None,
+            "f1": 2 * tp / (2 * tp + fp + fn) if tp + fp + fn else None, "tp": tp, "fp": fp, "fn": fn}

@@ -62,7 +62,7 @@ def encoder(base, task, world):
 def script():
     """script("spd.py", "--flag", ..., ranks=2) runs a script as a user would; returns the finished process, its output in .stdout."""
     def run(name, *flags, ranks=1, expect=0):
-        start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--master_port=0"]
+        start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
         done = subprocess.run([*start, str(ROOT / name), *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
                               env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600, check=False)
         assert done.returncode == expect, done.stdout[-6000:]

@@ -1,0 +1,108 @@
+"""The same run on one process and on several, the same command twice, and a run that goes on where it was stopped."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from conftest import ROOT
+from safetensors.torch import load_file
+
+
+@pytest.mark.parametrize("train", ["decoder,merger,vision", "lora", "merger"])
+def test_two_ranks_have_the_gradients_of_one_process(script, base, world, tmp_path, train):
+    script("tests/gradients.py", base, world, tmp_path / "one", 4, train)
+    script("tests/gradients.py", base, world, tmp_path / "two", 1, train, ranks=2)  # 2 ranks x 2 micro-batches
+    one, two = load_file(tmp_path / "one"), load_file(tmp_path / "two")
+    largest = {which: max(g.norm() for name, g in one.items() if name.startswith(which)) for which in ("eq6 ", "eq11 ")}
+    assert largest["eq6 "] > 0 and largest["eq11 "] > 0
+    for name, gradient in one.items():
+        scale = gradient.norm().clamp(min=1e-3 * largest[name.split()[0] + " "])
+        assert (gradient - two[name]).norm() < 1e-6 * max(scale, 1) + 3e-6 * scale, name
+
+
+def lines(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def positives(tmp_path_factory, world, task, studies):
+    """t+ for the training studies without a sampler: each study's vote in a teacher's words."""
+    folder = tmp_path_factory.mktemp("positives")
+    with open(folder / "positives.jsonl", "w") as file:
+        for i, study in enumerate(s for s in studies if s.split == "train"):
+            text = list(study.trajectories.values())[i % 7]
+            file.write(json.dumps({"id": study.id, "t_plus": text + " overall."}) + "\n")
+    return folder / "positives.jsonl"
+
+
+@pytest.fixture
+def stage(script, run_flags, world, positives):
+    def run(name, out, *flags, ranks=1, expect=0):
+        own = ["--replay", world / "replay.jsonl"] if name == "spd.py" else ["--positives", positives]
+        return script(name, *run_flags, *own, "--global_batch", 4, "--num_epochs", 1, "--logging_steps", 1, "--output_dir", out, *flags,
+                      ranks=ranks, expect=expect)
+    return run
+
+
+@pytest.mark.parametrize("name", ["spd.py", "apo.py"])
+def test_the_losses_of_two_ranks_are_those_of_one_process(stage, tmp_path, name):
+    stage(name, tmp_path / "one", "--max_steps", 4)
+    stage(name, tmp_path / "two", "--max_steps", 4, "--micro_batch", 1, ranks=2)
+    for one, two in zip(lines(tmp_path / "one"), lines(tmp_path / "two"), strict=True):
+        assert one["loss"] == pytest.approx(two["loss"], rel=1e-5, abs=1e-5)
+        assert one["tokens"] == two["tokens"]
+
+
+@pytest.mark.parametrize("name", ["spd.py", "apo.py"])
+def test_the_same_command_gives_the_same_bytes(stage, tmp_path, name):
+    for out in ("a", "b"):
+        stage(name, tmp_path / out, "--max_steps", 3, "--lora_dropout", 0.1, "--train", "lora,merger", ranks=2)
+    for file in ("log.jsonl", "student/model.safetensors", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
+
+
+@pytest.mark.parametrize("name, ranks, train", [("apo.py", 4, "lora"), ("spd.py", 2, "decoder,merger")])
+def test_a_run_stopped_by_sigterm_goes_on_bit_for_bit(stage, run_flags, world, positives, tmp_path, name, ranks, train):
+    flags = ["--train", train, "--lora_dropout", "0.1", "--micro_batch", "1", "--max_steps", "6", "--logging_steps", "2"]
+    stage(name, tmp_path / "whole", *flags, ranks=ranks)
+    own = ["--replay", world / "replay.jsonl"] if name == "spd.py" else ["--positives", positives]
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", ROOT / name, *run_flags, *own,
+               "--global_batch", 4, "--num_epochs", 1, *flags, "--output_dir", tmp_path / "stopped"]
+    running = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (tmp_path / "stopped" / "log.jsonl").exists() or not (tmp_path / "stopped" / "log.jsonl").read_text():
+        assert running.poll() is None and time.time() < deadline, "no line was logged"
+        time.sleep(0.02)
+    running.send_signal(signal.SIGTERM)
+    running.wait(timeout=60)
+    if not (tmp_path / "stopped" / "finished.json").exists():
+        assert list((tmp_path / "stopped").glob("step-*")), "SIGTERM left no checkpoint"
+    stage(name, tmp_path / "stopped", *flags, ranks=ranks)
+    for file in ("log.jsonl", "student/model.safetensors"):
+        assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+
+def test_a_checkpoint_continues_with_masters_and_moments(stage, tmp_path):
+    """save_steps leaves step-2; the run is made to look killed after it and goes on to the same weights."""
+    flags = ["--train", "decoder", "--max_steps", 4, "--save_steps", 2, "--bf16"]
+    stage("apo.py", tmp_path / "whole", *flags, ranks=2)
+    stage("apo.py", tmp_path / "cut", *flags, ranks=2)
+    (tmp_path / "cut" / "finished.json").unlink()
+    log = (tmp_path / "cut" / "log.jsonl").read_text()
+    (tmp_path / "cut" / "log.jsonl").write_text(log + '{"step": 4, "lo')  # a torn line
+    again = stage("apo.py", tmp_path / "cut", *flags, ranks=2)
+    assert "continuing from" in again.stdout and "step-000002" in again.stdout
+    assert (tmp_path / "cut" / "log.jsonl").read_text() == log
+    assert (tmp_path / "cut" / "student" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "student" / "model.safetensors").read_bytes()
+
+
+def test_a_finished_stage_says_so_and_another_command_is_refused(stage, tmp_path):
+    stage("spd.py", tmp_path / "run", "--max_steps", 1)
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
+    assert "is finished" in stage("spd.py", tmp_path / "run", "--max_steps", 1).stdout
+    refused = stage("spd.py", tmp_path / "run", "--max_steps", 2, "--seed", 5, expect=1)
+    assert "seed: 0 there, 5 here" in refused.stdout and "max_steps: 1 there, 2 here" in refused.stdout
+    assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}

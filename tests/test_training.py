@@ -1,0 +1,200 @@
+"""The schedule, the plan of an epoch, the optimiser, and the files of a run folder."""
+
+import argparse
+import json
+
+import pytest
+import torch
+
+import checkpoint
+import spd
+import training
+
+
+def test_the_schedule_warms_up_linearly_and_falls_as_a_cosine():
+    rates = [training.schedule(step, 101, 1e-4, 1e-7, 20) for step in range(101)]
+    assert rates[0] == pytest.approx(1e-4 / 20) and rates[9] == pytest.approx(5e-5) and rates[19] == pytest.approx(1e-4)
+    assert rates[20] == pytest.approx(1e-4) and rates[60] == pytest.approx((1e-4 + 1e-7) / 2) and rates[100] == pytest.approx(1e-7)
+    assert all(a >= b for a, b in zip(rates[20:], rates[21:]))
+    assert training.schedule(0, 10, 2e-5, 1e-7, 0) == 2e-5
+
+
+def settings(**flags):
+    return argparse.Namespace(**{"seed": 0, "global_batch": 4, "micro_batch": 1, "num_epochs": 2, "max_steps": None, **flags})
+
+
+@pytest.mark.parametrize("ranks, micro", [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
+def test_each_step_takes_the_same_studies_however_they_are_shared(monkeypatch, ranks, micro):
+    def steps(ranks, micro):
+        taken = []
+        for rank in range(ranks):
+            monkeypatch.setattr(training, "world", lambda: ranks)
+            monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
+            plan = training.Plan(11, settings(micro_batch=micro))
+            batches = plan.micro_batches()
+            taken.append([sum(batches[s * plan.accumulation:(s + 1) * plan.accumulation], []) for s in range(plan.steps)])
+        return [sorted(sum(step, [])) for step in zip(*taken)]
+
+    assert steps(ranks, micro) == steps(1, 1)
+    assert all(len(set(step)) == 4 for step in steps(ranks, micro)) and len(steps(ranks, micro)) == 4  # 2 epochs x (11 // 4)
+
+
+@pytest.mark.parametrize("ranks, micro", [(1, 1), (2, 2), (4, 1)])
+def test_the_reference_pass_covers_every_study_once(monkeypatch, ranks, micro):
+    seen = []
+    for rank in range(ranks):
+        monkeypatch.setattr(training, "world", lambda: ranks)
+        monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
+        plan = training.Plan(11, settings(micro_batch=micro))
+        first_epoch = [[index for _, index in batch] for batch in plan.micro_batches()][:plan.steps_per_epoch * plan.accumulation]
+        mine = plan.all_studies()
+        assert mine[:len(first_epoch)] == first_epoch  # the same micro-batches, so the first rewards are exactly 0
+        seen += sum(mine, [])
+    assert sorted(seen) == list(range(11))
+
+
+def test_a_resumed_plan_is_the_tail_of_the_whole_plan():
+    plan = training.Plan(11, settings())
+    assert plan.micro_batches(3) == plan.micro_batches()[3 * plan.accumulation:]
+
+
+@pytest.mark.parametrize("flags, message", [({"global_batch": 6, "micro_batch": 4}, "multiple of"), ({"global_batch": 12, "micro_batch": 1}, "11 studies")])
+def test_numbers_that_do_not_divide_are_refused(flags, message):
+    with pytest.raises(ValueError, match=message):
+        training.Plan(11, settings(**flags))
+
+
+def test_fp32_updates_equal_torchs_adamw():
+    torch.manual_seed(0)
+    ours, theirs = torch.nn.Linear(5, 3), torch.nn.Linear(5, 3)
+    theirs.load_state_dict(ours.state_dict())
+    optimisers = [cls(m.parameters(), lr=1e-2, betas=(0.9, 0.98), weight_decay=0.05)
+                  for cls, m in ((training.MasterAdamW, ours), (torch.optim.AdamW, theirs))]
+    for _ in range(5):
+        x = torch.randn(4, 5)
+        for m, optimiser in zip((ours, theirs), optimisers):
+            optimiser.zero_grad()
+            m(x).square().sum().backward()
+            optimiser.step()
+    assert torch.allclose(ours.weight, theirs.weight, rtol=1e-6) and torch.allclose(ours.bias, theirs.bias, rtol=1e-6)
+
+
+def test_a_bf16_weight_moves_through_its_fp32_master():
+    weight = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    plain = torch.nn.Parameter(torch.ones(1, dtype=torch.bfloat16))
+    ours = training.MasterAdamW([weight], lr=2e-5, weight_decay=0.0)
+    theirs = torch.optim.AdamW([plain], lr=2e-5, weight_decay=0.0)
+    for _ in range(300):
+        weight.grad, plain.grad = torch.ones_like(weight), torch.ones_like(plain)
+        ours.step()
+        theirs.step()
+    assert ours.state[weight]["master"].item() == pytest.approx(1 - 300 * 2e-5, rel=1e-4)
+    assert weight.item() == pytest.approx(1 - 300 * 2e-5, rel=4e-3) and weight.item() < 1
+    assert plain.item() == 1  # what the master is for
+
+
+def test_a_gradient_that_is_not_finite_moves_nothing():
+    weight = torch.nn.Parameter(torch.ones(2))
+    optimiser = training.MasterAdamW([weight], lr=0.1)
+    weight.grad = torch.tensor([1.0, float("nan")])
+    with pytest.raises(FloatingPointError):
+        training.update({"w": weight}, optimiser, 0.1, 1.0)
+    assert weight.tolist() == [1, 1]
+
+
+def test_clipping_is_by_the_global_norm():
+    weights = {name: torch.nn.Parameter(torch.zeros(1)) for name in "ab"}
+    optimiser = torch.optim.SGD(weights.values(), lr=1.0)
+    weights["a"].grad, weights["b"].grad = torch.tensor([3.0]), torch.tensor([4.0])
+    assert training.update(weights, optimiser, 1.0, 1.0) == pytest.approx(5.0)
+    assert weights["a"].item() == pytest.approx(-0.6, rel=1e-4) and weights["b"].item() == pytest.approx(-0.8, rel=1e-4)
+
+
+# --- checkpoints
+
+def trained(seed=0):
+    torch.manual_seed(seed)
+    parameters = {"w": torch.nn.Parameter(torch.randn(3, 2)), "h": torch.nn.Parameter(torch.randn(4).bfloat16())}
+    optimiser = training.MasterAdamW(parameters.values(), lr=0.1)
+    return parameters, optimiser
+
+
+def steps(parameters, optimiser, seeds):
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        for p in parameters.values():
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimiser.step()
+
+
+def test_a_checkpoint_restores_weights_masters_and_moments_to_the_bit(tmp_path):
+    parameters, optimiser = trained()
+    steps(parameters, optimiser, [1, 2])
+    checkpoint.save_checkpoint(tmp_path, 2, parameters, optimiser, {"log": {}}, 2)
+    steps(parameters, optimiser, [3, 4])
+    again, fresh = trained(seed=9)
+    path, manifest = checkpoint.newest_checkpoint(tmp_path)
+    checkpoint.load_checkpoint(path, again, fresh)
+    steps(again, fresh, [3, 4])
+    assert manifest["step"] == 2
+    for name, p in parameters.items():
+        assert torch.equal(p, again[name]) and torch.equal(optimiser.state[p]["exp_avg"], fresh.state[again[name]]["exp_avg"])
+    assert torch.equal(optimiser.state[parameters["h"]]["master"], fresh.state[again["h"]]["master"])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "no manifest"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage, capsys):
+    parameters, optimiser = trained()
+    for step in (1, 2, 3):
+        steps(parameters, optimiser, [step])
+        checkpoint.save_checkpoint(tmp_path, step, parameters, optimiser, {"log": {}}, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000003"]
+    file = tmp_path / "step-000003" / "trainable.safetensors"
+    content = bytearray(file.read_bytes())
+    if damage == "no manifest":
+        (tmp_path / "step-000003" / "manifest.json").unlink()
+    else:
+        content[-1] ^= 1
+        file.write_bytes(bytes(content[:-5] if damage == "truncated" else content))
+    path, manifest = checkpoint.newest_checkpoint(tmp_path)
+    assert path.name == "step-000002" and manifest["step"] == 2
+    assert "falling back" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_other_parameters_is_refused(tmp_path):
+    parameters, optimiser = trained()
+    checkpoint.save_checkpoint(tmp_path, 1, parameters, optimiser, {"log": {}}, 2)
+    with pytest.raises(ValueError, match="other parameters"):
+        checkpoint.load_checkpoint(tmp_path / "step-000001", {"v": parameters["w"]}, optimiser)
+
+
+def test_the_log_is_cut_back_to_the_step_it_resumes_from(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"st')
+    checkpoint.Log(tmp_path, ["loss"], torch.device("cpu"), step=4)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 2}\n{"step": 4}\n'
+
+
+def test_a_log_line_is_the_mean_over_its_interval(tmp_path):
+    log = checkpoint.Log(tmp_path, ["loss", "reward", "never"], torch.device("cpu"))
+    log.add("loss", 6.0, 3)
+    log.reduce()
+    log.add("loss", 2.0, 1)
+    log.add("reward", 5.0)
+    log.reduce()
+    assert log.write(2, learning_rate=0.1) == {"step": 2, "loss": 2.0, "reward": 5.0, "learning_rate": 0.1}
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == {"step": 2, "loss": 2.0, "reward": 5.0, "learning_rate": 0.1}
+
+
+def test_presets_are_defaults_that_flags_override():
+    assert spd.parse([]).preset == "demo" and spd.parse([]).global_batch == 16
+    paper = spd.parse(["--studies", "x"])
+    assert (paper.preset, paper.train, paper.learning_rate, paper.lora_dropout, paper.warmup_steps) == ("paper", "lora", 1e-4, 0.1, 20)
+    assert spd.parse(["--studies", "x", "--learning_rate", "3e-5"]).learning_rate == 3e-5
+    assert set(spd.PRESETS) >= {"paper", "released", "demo"}
+
+
+def test_a_missing_input_names_the_command_that_makes_it(script, world, tmp_path):
+    out = script("apo.py", "--studies", world / "studies.jsonl", "--student", world, "--output_dir", tmp_path, expect=1).stdout
+    assert "--positives: missing; stage 2 makes them: selfdistill.py" in out
+    out = script("selfdistill.py", "--studies", world / "studies.jsonl", "--student", "runs/nowhere/student", "--output_dir", tmp_path, expect=1).stdout
+    assert "--student runs/nowhere/student: missing; stage 1 makes pi_st: spd.py" in out
