@@ -61,17 +61,14 @@ def apo_loss(logps, ref_logps, weights=None, mask=None, beta=0.1):
 # The loss above needs torch alone; copy it. Below is stage 3.
 
 import argparse  # noqa: E402
-import hashlib  # noqa: E402
-import json  # noqa: E402
 import math  # noqa: E402
 from pathlib import Path  # noqa: E402
 
-from safetensors import safe_open  # noqa: E402
-from safetensors.torch import save_file  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 import checkpoint  # noqa: E402
 import data  # noqa: E402
+import reference  # noqa: E402
 import student  # noqa: E402
 import training  # noqa: E402
 
@@ -89,6 +86,8 @@ def parse(argv=None):
     g.add_argument("--positives", help="positives.jsonl of stage 2")
     g.add_argument("--beta", type=float, default=0.1, help="Eq. 8; smaller goes further from pi_st (default: %(default)s)")
     g.add_argument("--teacher_weights", help="NAME=W,... for w_u of Eq. 9 (others 1), or 'normalised': sum 1 over those present")
+    g.add_argument("--reference", choices=("cached", "online"), default="cached",
+                   help="log pi_st once before training, or in every step (default: %(default)s)")
     g.add_argument("--length_norm", action=argparse.BooleanOptionalAction, default=False, help="mean instead of sum over tokens")
     g.add_argument("--nll_alpha", type=float, default=0.0, help="adds this times the NLL of t+ per token (default: %(default)s)")
     return training.parse(parser, PRESETS, argv)
@@ -110,41 +109,6 @@ def teacher_weights(flag, names):
     return torch.tensor([weights[name] for name in names])
 
 
-@torch.no_grad()
-def reference_logps(packed, load, plan, columns, key, args):
-    """log pi_st of all responses, (n, 1+N) fp32 on CPU, through the packed path in the micro-batches of the first epoch, so that the
-    first rewards are 0. load(indices) -> packed batches. Kept in OUTPUT_DIR/reference.safetensors under `key`, made anew when
-    anything that it depends on has changed."""
-    file = Path(args.output_dir) / "reference.safetensors"
-    if file.exists():
-        with safe_open(file, "pt") as cached:
-            if cached.metadata().get("key") == key:
-                return cached.get_tensor("logps")
-        training.say("critique: the cached reference belongs to other input, computing it again")
-    packed.eval()
-    mine = plan.all_studies()
-    total = torch.zeros(plan.n, columns)
-    for indices, batch in tqdm(zip(mine, load(mine)), total=len(mine), desc="reference", disable=training.rank() > 0):
-        (logps,) = packed(batch)
-        total[indices] = logps.cpu()
-    total = training.all_reduce(total.to(batch["ids"].device)).cpu()  # every study was one rank's, so the sum is exact
-
-    def write():
-        save_file({"logps": total}, file.with_name(".tmp-reference"), metadata={"key": key})
-        file.with_name(".tmp-reference").replace(file)
-
-    training.on_rank_zero(write)
-    return total
-
-
-def reference_key(args, task, studies, names):
-    """sha256 over all that the reference depends on: checkpoint, texts, images, prompt, image size, number format."""
-    files = [(path, (Path(args.images) / path).stat().st_size) for study in studies for path in study.images]
-    records = [(study.id, study.t_plus, study.trajectories, data.student_prompt(study, task, args.prompt)) for study in studies]
-    text = json.dumps([checkpoint.fingerprint(args.student), task.prompts["system"], args.max_pixels, args.bf16, names, records, files])
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def warnings_of(line, names, progress):
     """What the log line says of a run that goes wrong (README, 'Log keys')."""
     if line["loss"] < 0.05 * math.log(1 + len(names)) and progress < 0.25:
@@ -156,11 +120,11 @@ def warnings_of(line, names, progress):
 def run(args):
     training.require(args, student="stage 1 makes pi_st: spd.py --studies ... --output_dir runs/spd, in runs/spd/student",
                      positives="stage 2 makes them: selfdistill.py --studies ... --student runs/spd/student --output_dir runs/positives")
+    device = training.init()
+    lock = checkpoint.open_run(args, {"studies": args.studies, "positives": args.positives, "task_file": args.task_file, "student": args.student})
     if checkpoint.finished(args):
         training.say(f"critique: {args.output_dir} is finished")
         return
-    device = training.init()
-    lock = checkpoint.open_run(args, {"studies": args.studies, "positives": args.positives, "task_file": args.task_file, "student": args.student})
     task = data.load_task(args.task_file)
     studies = data.read_positives(args.positives, data.read_studies(args.studies, task, args.split))
     names = data.keep_teachers(studies, args.teachers)
@@ -168,11 +132,14 @@ def run(args):
     if args.refusals == "drop":
         studies, dropped = data.drop_refusals(studies, task)
     studies = [study for study in studies if study.trajectories]
+    encoder = data.Encoder(args.student, task, args.images, args.max_pixels, args.max_tokens)
+    studies, long, tokens = data.fit(encoder, studies, lambda s: data.student_prompt(s, task, args.prompt),
+                                     lambda s: [s.t_plus, *s.trajectories.values()], args.max_tokens, args.truncate)
+    checkpoint.report_long(args, long)
     plan = training.Plan(len(studies), args)
     weights = teacher_weights(args.teacher_weights, names)
     training.say(f"critique: {plan}; t+ against {', '.join(names)}; {dropped} refusals dropped")
 
-    encoder = data.Encoder(args.student, task, args.images, args.max_pixels)
     model = student.load(args.student, torch.bfloat16 if args.bf16 else torch.float32, device)
     packed = student.PackedStudent(model)
 
@@ -185,11 +152,18 @@ def run(args):
         for examples in training.loader(encode, [[(0, index) for index in batch] for batch in batches], args.num_workers):
             yield student.to(student.pack(examples, model), device)
 
-    ref = reference_logps(packed, load, plan, 1 + len(names), reference_key(args, task, studies, names), args)
     train = args.train.split(",")
     parameters = student.set_trainable(model, train, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed)
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing(model)
+    if args.dry_run:
+        training.say(training.describe(plan, model, parameters, tokens, 12_132, "decoder" in train, args.bf16))
+        studies = [studies[index] for index in plan.order(0)[:args.global_batch]]
+        plan = training.Plan(len(studies), args)
+    if args.reference == "cached":  # before a checkpoint is loaded: the model is still pi_st
+        ref = reference.cached_logps(packed, load, plan, 1 + len(names), reference.key(args, task, studies, names), args)
+    else:
+        merger = reference.frozen_merger(model, train)
     optimizer = training.make_optimizer(parameters, args, shard="decoder" in train)
     start, sums = checkpoint.resume(args, parameters, optimizer)
     packed = training.wrap(packed, device)
@@ -215,7 +189,11 @@ def run(args):
             last = micro == plan.accumulation - 1
             with training.synced(packed, last):
                 (logps,) = packed(batch)                                                                        # (B, 1+N)
-                ref_logps = ref[indices].to(device)
+                if args.reference == "cached":
+                    ref_logps = ref[indices].to(device)
+                else:
+                    with reference.as_reference(model, merger):
+                        ref_logps = student.PackedStudent(model).logps(batch)
                 losses, rewards = apo_loss(logps * scale, ref_logps * scale, w, mask, args.beta)           # Eq. 11
                 loss = losses.sum() / args.global_batch                                                          # Eq. 10
                 if args.nll_alpha:
@@ -241,6 +219,9 @@ def run(args):
             training.say(f"stopped after step {done}; the same command goes on")
             raise SystemExit(0)
     bar.close()
+    if args.dry_run:
+        training.say(f"one step ran; peak memory {training.peak_gib(device):.2f} GiB")
+        return
     checkpoint.finish(args, model, encoder, parameters, "autonomous preference optimisation (Eq. 11)")
     training.say(f"critique: pi_theta is {Path(args.output_dir) / 'student'}")
     if lock:

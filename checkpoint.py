@@ -9,6 +9,7 @@ Nothing is half-written: files get a temporary name, are flushed to disk and ren
 function of its settings and its step (training.py); everything is safetensors or JSON.
 """
 
+import atexit
 import fcntl
 import hashlib
 import json
@@ -17,6 +18,7 @@ import platform
 import shutil
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -67,6 +69,10 @@ NOT_SETTINGS = ("output_dir", "resume", "logging_steps", "save_steps", "save_tot
 def open_run(args, inputs):
     """Claims the run folder for this command: locks it, writes args.json and env.json, refuses a folder that another command began.
     inputs: {name: path} whose contents count as settings. Returns the lock, to be kept until the end."""
+    if getattr(args, "dry_run", False):
+        args.output_dir = tempfile.mkdtemp(prefix="dry-run-") if training.rank() == 0 else None
+        args.output_dir = training.gather(args.output_dir)[0]
+        atexit.register(shutil.rmtree, args.output_dir, ignore_errors=True)
     folder = Path(args.output_dir)
     settings = {key: value for key, value in sorted(vars(args).items()) if key not in NOT_SETTINGS}
 
@@ -83,10 +89,13 @@ def open_run(args, inputs):
                 shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
         if (folder / "args.json").exists():
             before, now = json.loads((folder / "args.json").read_text()), json.loads(json.dumps(settings))
+            if finished(args):
+                before["world_size"] = now["world_size"]  # it matters only while the run goes on
             differ = [f"  {key}: {before.get(key)!r} there, {now.get(key)!r} here" for key in sorted({*before, *now})
                       if before.get(key) != now.get(key)]
             if differ:
                 raise SystemExit(f"{folder}: was begun with other settings, choose another --output_dir:\n" + "\n".join(differ))
+            return lock
         write_text(folder / "args.json", json.dumps(settings, indent=2) + "\n")
         write_text(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
         return lock
@@ -94,10 +103,20 @@ def open_run(args, inputs):
     return training.on_rank_zero(claim)
 
 
+def report_long(args, long):
+    """Says which studies do not fit into --max_tokens, before training, and lists them in OUTPUT_DIR/too_long.jsonl."""
+    if long:
+        cut = sum(study["cut"] for study in long)
+        training.say(f"{len(long)} studies exceed --max_tokens {args.max_tokens}: {cut} are cut, {len(long) - cut} left out; see too_long.jsonl")
+        write = lambda: write_text(Path(args.output_dir) / "too_long.jsonl", "".join(json.dumps(study) + "\n" for study in long))
+        training.on_rank_zero(write)
+
+
 def environment():
     git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
-    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__, "commit": git.stdout.strip(),
-            "command": sys.argv, "devices": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())] or [platform.processor() or "cpu"]}
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
+            "commit": git.stdout.strip(), "command": sys.argv, "devices": gpus or [platform.processor() or "cpu"]}
 
 
 def save_checkpoint(folder, step, parameters, optimizer, extra, keep):
@@ -250,4 +269,4 @@ def finish(args, model, encoder, parameters, stage):
 
 
 def finished(args):
-    return (Path(args.output_dir) / "finished.json").exists() and args.resume != "never"
+    return (Path(args.output_dir) / "finished.json").exists()

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageOps
 from transformers import AutoTokenizer
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from metrics.findings import is_refusal as is_chest_refusal
 from metrics.findings import read_findings
@@ -306,13 +306,19 @@ def compare_prompt(study, task, seed):
     return task.prompts["compare"].replace("{readers}", readers)
 
 
-def load_image(path, root):
-    """An RGB PIL image. 16-bit films are rescaled, EXIF rotation is applied. Raises ValueError naming the file if it lies
-    outside `root`, cannot be read, is larger than MAX_IMAGE_PIXELS or longer than 200 times its width."""
+def image_path(path, root):
+    """The file of a record's image path. Raises ValueError if it lies outside `root`."""
     root = Path(root).resolve()
     file = (root / path).resolve()
     if not file.is_relative_to(root):
         raise ValueError(f"{path}: lies outside the image folder {root}")
+    return file
+
+
+def load_image(path, root):
+    """An RGB PIL image. 16-bit films are rescaled, EXIF rotation is applied. Raises ValueError naming the file if it lies
+    outside `root`, cannot be read, is larger than MAX_IMAGE_PIXELS or longer than 200 times its width."""
+    file = image_path(path, root)
     try:
         with Image.open(file) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
@@ -332,10 +338,11 @@ def load_image(path, root):
 
 class Encoder:
     """Turns a study into tensors. Needs a student's folder or hub id for its tokenizer and image processor only; the prompt is
-    built here, since AutoProcessor wants torchvision. max_pixels bounds an image (28 x 28 pixels make one token)."""
+    built here, since AutoProcessor wants torchvision. max_pixels bounds an image (28 x 28 pixels make one token), max_tokens a study's
+    packed row: what is longer loses the ends of its longest responses (`fit` says beforehand which studies that is)."""
 
-    def __init__(self, student, task, images=".", max_pixels=1024 * 28 * 28):
-        self.task, self.images = task, images
+    def __init__(self, student, task, images=".", max_pixels=1024 * 28 * 28, max_tokens=None):
+        self.task, self.images, self.max_tokens = task, images, max_tokens
         self.tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=False)
         self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(student)
         size = self.image_processor.size
@@ -378,5 +385,46 @@ class Encoder:
     def __call__(self, study, prompt, responses=()):
         """One study as the packed step takes it: the prefix, its image, and K responses (None where a teacher is absent)."""
         pixel_values, image_grid_thw = self.pixels(study)
-        return {"id": study.id, "prefix_ids": self.prefix(prompt, image_grid_thw), "pixel_values": pixel_values,
-                "image_grid_thw": image_grid_thw, "responses": [None if text is None else self.response(text) for text in responses]}
+        prefix = self.prefix(prompt, image_grid_thw)
+        responses = [None if text is None else self.response(text) for text in responses]
+        if self.max_tokens:
+            cut = iter(shares([len(r) for r in responses if r is not None], self.max_tokens - len(prefix)))
+            responses = [None if r is None else r[:next(cut)] for r in responses]
+        return {"id": study.id, "prefix_ids": prefix, "pixel_values": pixel_values, "image_grid_thw": image_grid_thw, "responses": responses}
+
+    def lengths(self, study, prompt, responses):
+        """(P, [n of each response]) of a study in tokens, from the texts and the image's header alone."""
+        grids = []
+        for path in study.images:
+            with Image.open(image_path(path, self.images)) as image:
+                size, side = self.image_processor.size, self.image_processor.patch_size
+                height, width = smart_resize(image.height, image.width, side * self.image_processor.merge_size,
+                                             size["shortest_edge"], size["longest_edge"])
+            grids.append([1, height // side, width // side])
+        return len(self.prefix(prompt, torch.tensor(grids))), [len(self.tokens(text)) + 1 for text in responses if text is not None]
+
+
+def shares(lengths, budget):
+    """How many tokens each response may keep so that all fit into `budget`: the longest give way first, the short stay whole."""
+    kept = dict.fromkeys(range(len(lengths)), 0)
+    for left, i in zip(range(len(lengths), 0, -1), sorted(kept, key=lengths.__getitem__)):
+        kept[i] = min(lengths[i], budget // left)
+        budget -= kept[i]
+    return list(kept.values())
+
+
+def fit(encoder, studies, prompt, responses, max_tokens, truncate):
+    """Which studies fit: prompt(study) and responses(study) give the texts of a packed row of at most max_tokens.
+    -> (studies to use, [{"id", "tokens", "cut"}] of those that do not fit, packed length of each used study). A study that does not
+    fit is left out, or with `truncate` kept and cut, unless its image and prompt alone leave no room for the responses."""
+    kept, long, tokens = [], [], []
+    for study in studies:
+        prefix, lengths = encoder.lengths(study, prompt(study), responses(study))
+        total = prefix + sum(lengths)
+        room = max_tokens - prefix >= 16 * len(lengths)
+        if total > max_tokens:
+            long.append({"id": study.id, "tokens": total, "cut": truncate and room})
+        if total <= max_tokens or truncate and room:
+            kept.append(study)
+            tokens.append(min(total, max_tokens))
+    return kept, long, tokens

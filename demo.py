@@ -405,6 +405,8 @@ def prepare(args, stage):
         if earlier == stage:
             break
         flags = [f"--{key}={value}" for key, value in {**inputs, **done[earlier]}.items()]
+        if earlier == "spd" and getattr(args, "max_steps", None):
+            flags.append(f"--max_steps={args.max_steps}")  # a short run is short in both training stages
         module.run(module.parse(["--preset", "demo", *flags]))
     for key, value in {**inputs, **done[stage]}.items():
         setattr(args, key, value if key == "seed" else str(value))

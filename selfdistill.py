@@ -107,7 +107,8 @@ def statistics(studies, records, task):
         labels += len(study.labels)
         true += sum(read.get(finding) == value for finding, value in study.labels.items())
     dropped = [record["dropped"] for record in records.values() if "dropped" in record]
-    return {"studies": len(studies), "positives": len(studies) - len(dropped), "dropped": {reason: dropped.count(reason) for reason in sorted(set(dropped))},
+    return {"studies": len(studies), "positives": len(studies) - len(dropped),
+            "dropped": {reason: dropped.count(reason) for reason in sorted(set(dropped))},
             "agreement_with_vote": agree / votes if votes else None, "accuracy": true / labels if labels else None,
             "unread": unread / votes if votes else None}
 
@@ -115,11 +116,11 @@ def statistics(studies, records, task):
 def run(args):
     training.require(args, student="stage 1 makes pi_st: spd.py --studies ... --output_dir runs/spd, in runs/spd/student")
     folder = Path(args.output_dir)
+    device = training.init()
+    lock = checkpoint.open_run(args, {"studies": args.studies, "task_file": args.task_file, "student": args.student})
     if checkpoint.finished(args):
         training.say(f"compare: {folder} is finished")
         return
-    device = training.init()
-    lock = checkpoint.open_run(args, {"studies": args.studies, "task_file": args.task_file, "student": args.student})
     task = data.load_task(args.task_file)
     studies = data.read_studies(args.studies, task, args.split)
     data.keep_teachers(studies, args.teachers)

@@ -62,11 +62,11 @@ def choose_teachers(study, names, count, seed, epoch):
 
 def run(args):
     training.require(args, student="name a Qwen2.5-VL folder or hub id, such as Qwen/Qwen2.5-VL-7B-Instruct")
+    device = training.init()
+    lock = checkpoint.open_run(args, {"studies": args.studies, "task_file": args.task_file, "student": args.student, "replay": args.replay})
     if checkpoint.finished(args):
         training.say(f"learn: {args.output_dir} is finished")
         return
-    device = training.init()
-    lock = checkpoint.open_run(args, {"studies": args.studies, "task_file": args.task_file, "student": args.student, "replay": args.replay})
     task = data.load_task(args.task_file)
     studies = data.read_studies(args.studies, task, args.split)
     names = data.keep_teachers(studies, args.teachers)
@@ -75,16 +75,23 @@ def run(args):
         studies, dropped = data.drop_refusals(studies, task)
     studies = [study for study in studies if study.trajectories]
     replay = data.read_studies(args.replay, task) if args.replay else []
+    encoder = data.Encoder(args.student, task, args.images, args.max_pixels, args.max_tokens)
+    studies, long, tokens = data.fit(encoder, studies, lambda s: data.student_prompt(s, task, args.prompt), lambda s: s.trajectories.values(),
+                                     args.max_tokens, args.truncate)
+    checkpoint.report_long(args, long)
     plan = training.Plan(len(studies), args)
     training.say(f"learn: {plan}; teachers {', '.join(names)}; {dropped} refusals dropped")
 
-    encoder = data.Encoder(args.student, task, args.images, args.max_pixels)
     model = student.load(args.student, torch.bfloat16 if args.bf16 else torch.float32, device)
     train = args.train.split(",")
     parameters = student.set_trainable(model, train, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed)
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing(model)
     optimizer = training.make_optimizer(parameters, args, shard="decoder" in train)
+    if args.dry_run:
+        training.say(training.describe(plan, model, parameters, tokens, 10_686, "decoder" in train, args.bf16))
+        studies = [studies[index] for index in plan.order(0)[:args.global_batch]]
+        plan = training.Plan(len(studies), args)
     start, sums = checkpoint.resume(args, parameters, optimizer)
     packed = training.wrap(student.PackedStudent(model), device)
 
@@ -145,6 +152,9 @@ def run(args):
             training.say(f"stopped after step {done}; the same command goes on")
             raise SystemExit(0)
     bar.close()
+    if args.dry_run:
+        training.say(f"one step ran; peak memory {training.peak_gib(device):.2f} GiB")
+        return
     checkpoint.finish(args, model, encoder, parameters, "supervised pre-distillation (Eq. 6)")
     training.say(f"learn: pi_st is {Path(args.output_dir) / 'student'}")
     if lock:

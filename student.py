@@ -49,13 +49,15 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base, r, alpha, dropout):
         super().__init__()
-        self.base, self.scale, self.dropout = base, alpha / r, nn.Dropout(dropout)
+        self.base, self.scale, self.dropout, self.enabled = base, alpha / r, nn.Dropout(dropout), True
         new = lambda *shape: torch.empty(*shape, dtype=torch.float32, device=base.weight.device)
         self.lora_A = nn.Parameter(new(r, base.in_features))
         self.lora_B = nn.Parameter(new(base.out_features, r).zero_())
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x):
+        if not self.enabled:
+            return self.base(x)
         low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))
         return self.base(x) + self.scale * F.linear(low, self.lora_B.to(x.dtype))
 

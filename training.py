@@ -10,6 +10,7 @@ import hashlib
 import math
 import os
 import random
+import resource
 import signal
 import sys
 
@@ -19,7 +20,6 @@ import transformers
 from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adamw import adamw
-
 
 # ----------------------------------------------------------------------------------------------------- process group
 
@@ -66,6 +66,13 @@ def gather(value):
     if dist.is_initialized():
         dist.all_gather_object(values, value)
     return values
+
+
+def peak_gib(device):
+    """The most memory so far: of the GPU, or of this process on a CPU (resident set)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def say(*words):
@@ -130,7 +137,10 @@ def add_training_arguments(parser):
     g.add_argument("--max_grad_norm", type=float, default=1.0, help="clip to this global norm (default: %(default)s)")
     g.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute layers in the backward pass")
     g.add_argument("--prompt", choices=("student", "teacher"), default="student", help="teacher: Appendix B's, which names the diagnosis")
+    g.add_argument("--max_tokens", type=int, default=8192, help="tokens of a study: image, prompt and responses (default: %(default)s)")
+    g.add_argument("--truncate", action="store_true", help="cut the longest responses of a study beyond --max_tokens; else it is left out")
     g = parser.add_argument_group("run")
+    g.add_argument("--dry_run", action="store_true", help="print the plan and the memory budget, run one step, write nothing")
     g.add_argument("--logging_steps", type=int, default=10, help="steps per line of log.jsonl (default: %(default)s)")
     g.add_argument("--save_steps", type=int, default=500, help="steps per checkpoint (default: %(default)s)")
     g.add_argument("--save_total_limit", type=int, default=2, help="checkpoints kept (default: %(default)s)")
@@ -232,6 +242,21 @@ def loader(encode, batches, num_workers=0):
 
 def seed_step(seed, step, micro):
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {step} {micro} {rank()}".encode()).digest()[:8], "little") >> 1)
+
+
+def describe(plan, model, parameters, tokens, paper_steps, sharded, bf16):
+    """The lines that --dry_run prints: arithmetic of the batch, steps beside the paper's, tokens per study, GiB per GPU."""
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    gradients = sum(p.numel() * p.element_size() for p in parameters.values())
+    states = sum(p.numel() * (12 if p.dtype != torch.float32 else 8) for p in parameters.values()) / (world() if sharded else 1)
+    gib = lambda size: f"{size / 2**30:.2f}"
+    ordered = sorted(tokens)
+    return "\n".join([
+        str(plan), f"steps: {plan.steps}; the paper's: {paper_steps:,}",
+        f"tokens per study: mean {sum(tokens) / len(tokens):.0f}, 95% {ordered[int(0.95 * (len(tokens) - 1))]}, longest {ordered[-1]}",
+        f"trains {sum(p.numel() for p in parameters.values()):,} of {sum(p.numel() for p in model.parameters()):,} parameters",
+        f"GiB per GPU: weights {gib(weights)}, gradients {gib(gradients)}, moments{' and fp32 masters' if bf16 else ''} {gib(states)}, "
+        f"in all {gib(weights + gradients + states)} before activations"])
 
 
 # --------------------------------------------------------------------------------------- the wrapped student, the optimiser

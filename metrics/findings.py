@@ -6,8 +6,8 @@
 It reads radiology reports and answers of chat models. A text is cut into sentences and, at colons and dashes, into labels and what is
 said of them. In each piece one regular expression finds mentions and cues; a sweep to the right carries "no", "possible", "history of"
 to what follows, a sweep to the left carries "is absent", "cannot be excluded", "is enlarged" to what precedes; conjunctions and verbs
-end a scope. Conventions and vocabulary are those of the CheXpert labeler (Irvin et al. 2019, stanfordmlgroup/chexpert-labeler) and of
-NegBio (Peng et al. 2018), without their parser and without their code:
+end a scope. The vocabulary is in findings_phrases.py. Conventions are those of the CheXpert labeler (Irvin et al. 2019,
+stanfordmlgroup/chexpert-labeler) and of NegBio (Peng et al. 2018), without their parser and without their code:
 
  1. Over the mentions of a finding, positive > uncertain > negative. "No new X" and "no definite X" are uncertain.
  2. "No Finding" is 1 if no other finding except Support Devices and no other abnormality (emphysema, granuloma, hernia, ...) is positive
@@ -22,11 +22,10 @@ NegBio (Peng et al. 2018), without their parser and without their code:
 
 import re
 from dataclasses import dataclass
-from itertools import product
 from typing import NamedTuple
 
-from .findings_phrases import (ANATOMY, CLAUSE_STARTS, CUES, DEGREE, GENERIC, HEART_FAILURE, MENTIONS, NOT_MENTIONS, OTHER_ABNORMALITIES,
-                               OTHER_SECTIONS, REFUSALS, SKIPPED_SECTIONS, WEAK_MENTIONS)
+from .findings_phrases import (ANATOMY, CLAUSE_STARTS, CUES, DEFINITION, DEGREE, GENERIC, HEART_FAILURE, MENTIONS, NOT_MENTIONS,
+                               OTHER_ABNORMALITIES, OTHER_SECTIONS, REFUSALS, SKIPPED_SECTIONS, THIS_IMAGE, WEAK_MENTIONS)
 
 FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum", "Fracture", "Lung Lesion", "Lung Opacity",
             "No Finding", "Pleural Effusion", "Pleural Other", "Pneumonia", "Pneumothorax", "Support Devices")
@@ -64,18 +63,18 @@ def _phrases():
     for kind, table in tables:
         for finding, row in table.items():
             for entry in row.split("|"):
-                for words in product(*(word.split("/") for word in entry.split())):
-                    others = phrases.get(" ".join(words), (kind, ()))[1]
-                    phrases[" ".join(words)] = kind, others + ((finding,) if finding else ())
+                first, _, rest = entry.partition(" ")
+                for phrase in (f"{word} {rest}".strip() for word in first.split("/")):
+                    phrases[phrase] = kind, phrases.get(phrase, (kind, ()))[1] + ((finding,) if finding else ())
     return phrases
 
 
 def _compile():
-    """One regular expression for all phrases, by first letter and then the longer ones first; (kind, findings) of each of its groups."""
+    """One regular expression for all phrases, by first letter and then those of more words first; (kind, findings) of each of its groups."""
     letters, kinds = {}, [None]
-    for phrase, kind in sorted(_phrases().items(), key=lambda item: (item[0][0], -len(item[0]), item[0])):
-        regex = phrase.replace(" ~ ", rf" (?:(?:{DEGREE}) ){{0,3}}").replace("*", r"\w*")
-        letters.setdefault(phrase[0], []).append(f"({regex})" if phrase.endswith("*") else rf"({regex})(?!\w)")
+    for phrase, kind in sorted(_phrases().items(), key=lambda item: (item[0][0], item[0].count("~") / 2 - len(item[0].split()), item[0])):
+        regex = " ".join(f"(?:{word.replace('/', '|')})" if "/" in word else word for word in phrase.replace("*", r"\w*").split())
+        letters.setdefault(phrase[0], []).append(rf"({regex})(?!\w)".replace(" ~ ", rf" (?:(?:{DEGREE}) ){{0,3}}"))
         kinds.append(kind)
     branches = (f"(?={letter})(?:{'|'.join(regexes)})" for letter, regexes in letters.items())
     return re.compile(rf"\b(?:{'|'.join(branches)})|[,;()?]"), kinds
@@ -83,6 +82,7 @@ def _compile():
 
 _PHRASE, _KINDS = _compile()
 _GENERIC, _REFUSAL = re.compile("|".join(GENERIC)), re.compile("|".join(REFUSALS))
+_DEFINITION, _THIS_IMAGE = re.compile(DEFINITION), re.compile(THIS_IMAGE)
 _SKIPPED, _SECTION = re.compile(SKIPPED_SECTIONS), re.compile(f"{SKIPPED_SECTIONS}|{OTHER_SECTIONS}")
 _CLAUSE_START = re.compile(rf"(?:,? and)? (?:{CLAUSE_STARTS})\b")
 _BULLET = re.compile(r"^(?:[-*•+–·]|\(?\d{1,2}[.)])\s+|^(?=[✓✔✅❌✗✘])")
@@ -178,7 +178,7 @@ def _events(text):
         elif event.kind not in _STATUSES and not event.kind.endswith("<>"):
             target = None
         predicative = two_back and one_back.kind == "copula" and two_back.kind in _TARGETS
-        event.rules_right = target is not None and target - event.end <= 60 and not predicative
+        event.rules_right = target is not None and target - event.end <= 60 and not predicative and event.kind != "unseen"
     return events
 
 
@@ -214,8 +214,7 @@ def _sweep_right(events, state):
         elif kind == ")":
             state = aside
         # Negation outlasts doubt ("no findings suspicious for"); what is not about the image stays so.
-        kept = {"neg": cue == "unc" or (cue == "ign" and not used), "unc!": cue == "unc", "ign": cue != "ign"}
-        if cue and not kept.get(state):
+        if cue and not {"neg": cue == "unc" or (cue == "ign" and not used), "unc!": cue == "unc", "ign": True}.get(state):
             state, used, answered, soft, negated = cue, False, False, kind == "unc<>", negated or cue == "neg"
     return None if answered else state
 
@@ -263,10 +262,9 @@ class _Piece:
     """A piece of a sentence, read: `values` [(finding, value)], `labels` [(finding, kind)] that the next piece may answer, and more."""
 
     def __init__(self, text, state):
-        text = _normalise(text)
-        generic = bool(_GENERIC.search(text))
-        self.is_question = bool(_QUESTION.match(text))
+        self.text = text = _normalise(text)
         self.events = _events(text)
+        generic = _is_generic(text, self.events)
         self.open_state = _sweep_right(self.events, "ign" if generic else state)
         self.open_state = "ign" if generic else self.open_state
         _sweep_left(self.events)
@@ -284,7 +282,9 @@ class _Piece:
                 self.values.append(("Cardiomegaly", UNCERTAIN))
             self.is_abnormal = self.is_abnormal or (event.kind == "other" and value != NEGATIVE)
             self.is_normal = self.is_normal or (event.kind in ("noun", "anatomy") and well) or (event.kind == "disease" and value == NEGATIVE)
-        self.is_bare = all(event.kind in _TARGETS or event.kind in ("and", "or", ",", "(", ")", "abnormal") for event in self.events)
+        self.is_bare = all(event.kind in _TARGETS or event.kind in ("and", "or", ",", "(", ")", "abnormal", "?") for event in self.events)
+        self.is_open_question = bool(_QUESTION.match(text))  # asserts nothing; "Left effusion?" is a doubt
+        self.is_question = self.is_open_question or (self.is_bare and text.endswith("?"))
         if self.is_question or (self.is_bare and len(text) <= 80):
             self.labels += [(finding, "mention") for finding, value in self.values if value != NEGATIVE]
 
@@ -293,13 +293,24 @@ class _Piece:
         first = next((event for event in self.events if event.kind not in ("copula", "noun", "with", "there", "verb")), None)
         if self.open_state == "ign" or (asked and not (first and first.kind in ("neg", "neg<", "affirm"))):
             return []
-        value = POSITIVE
-        if first and first.start <= 40 and first.kind.startswith(("neg", "unc", "unseen", "normal")):
-            value = NEGATIVE if first.kind.startswith("n") else UNCERTAIN
+        value = {"0": NEGATIVE, "-1": UNCERTAIN}.get(self.text, POSITIVE)
+        if first and first.start <= 40 and first.kind.startswith(("neg", "normal", "clear", "sharp")):
+            value = NEGATIVE
+        elif first and first.start <= 40 and first.kind.startswith("un"):  # unc, unseen
+            value = UNCERTAIN
         status = next((event.status for event in self.events if event.status), None)
         given = {"mention": value, "anatomy": _STATUSES.get(status)}
         read = {finding for finding, _ in self.values}
         return [(finding, given[kind]) for finding, kind in labels if finding not in read and given[kind] is not None]
+
+
+def _is_generic(text, events):
+    """True for sentences about medicine in general: "Pleural effusion refers to ...", "pneumonia may appear as ..."."""
+    if _THIS_IMAGE.search(text):
+        return False
+    first = events[0] if events and not text.startswith("the ") else None
+    defined = first and first.kind in _MENTIONS and first.start <= 25 and _DEFINITION.match(text, first.end)
+    return bool(defined or _GENERIC.search(text))
 
 
 def _value(event):
@@ -314,7 +325,7 @@ def _value(event):
 def _read(text):
     """[(finding, value, sentence)] of the text, the first sentence that calls something normal, whether another abnormality is there."""
     mentions, normal, abnormal = [], None, False
-    labels, label_text, asked, was_label = [], "", False, False
+    labels, label_text, asked, was_label, unanswered = [], "", False, False, []
     last_number = last_sentence = list_state = state = None
     for number, kind, sentence, text, is_label in _pieces(text):
         if number != last_number:  # a line that ends in a label rules the list below it
@@ -324,17 +335,21 @@ def _read(text):
         is_label = is_label or piece.is_question
         if labels and not (is_label and piece.is_bare):
             said = sentence if label_text in sentence else f"{label_text} {sentence}"
-            mentions += [(finding, value, said) for finding, value in piece.answers(labels, asked)]
-            labels = []
+            mentions += [(finding, value, said) for finding, value in piece.answers(labels, asked)] or unanswered
+            labels = unanswered = []
         if is_label and piece.labels:
             labels, label_text, asked = piece.labels, sentence, piece.is_question
-            piece.values = [(finding, value) for finding, value in piece.values if (finding, "mention") not in labels]
+            named = {finding for finding, label_kind in labels if label_kind == "mention"}
+            if asked and not piece.is_open_question:
+                unanswered = [(finding, value, sentence) for finding, value in piece.values if finding in named]
+            piece.values = [(finding, value) for finding, value in piece.values if finding not in named]
         mentions += [(finding, value, sentence) for finding, value in piece.values]
         abnormal = abnormal or piece.is_abnormal
         normal = normal or (sentence if piece.is_normal and not piece.is_question else None)
         last_number, last_sentence, was_label = number, sentence, is_label
     if labels and not asked and not label_text.rstrip(" *_").endswith(":"):  # a heading with nothing below it
         mentions += [(finding, POSITIVE, label_text) for finding, kind in labels if kind == "mention"]
+    mentions += unanswered
     return mentions, normal, abnormal
 
 
@@ -353,6 +368,7 @@ def read_findings(text):
     for finding, value, sentence in sorted(mentions, key=lambda mention: (POSITIVE, UNCERTAIN, NEGATIVE).index(mention[1])):
         if finding not in readings:
             readings[finding] = Reading(value, " ".join(sentence.split()))
+    readings = {finding: readings[finding] for finding in FINDINGS if finding in readings}
     others = [reading for finding, reading in readings.items() if finding != "Support Devices"]
     if (normal or others) and not abnormal and all(reading.value == NEGATIVE for reading in others):
         readings["No Finding"] = Reading(POSITIVE, " ".join(normal.split()) if normal else others[0].sentence)

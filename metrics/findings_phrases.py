@@ -9,7 +9,7 @@ MENTIONS = {
     "Atelectasis": "atelecta*|collapse*|collapsing",
     "Cardiomegaly": "cardiomegal*|cardiac/heart enlargement",
     "Consolidation": "consolidat*",
-    "Edema": "edema*|oedema*|fluid overload",
+    "Edema": "edema*|oedema*",
     "Enlarged Cardiomediastinum": "mediastinal widening/enlargement/prominence",
     "Fracture": "fractur*|broken rib*",
     "Lung Lesion": "mass|masses|nodule*|nodular densit*/opaci*|lung/pulmonary/cavitary lesion*|lump|lumps|neoplas*|tumor*|tumour*"
@@ -25,15 +25,18 @@ MENTIONS = {
                        "|catheter*|picc|central/venous/arterial/jugular/subclavian line*|central venous|lines and/or tubes|lines, tubes|port a cath*"
                        "|portacath*|mediport*|chest/infusion port|cannula*|drain|drains|pigtail|stent|stents|swan ganz|balloon pump|iabp|lvad"
                        "|prosthe*|valve replacement*|mechanical/artificial/replaced valve*|hardware|arthroplast*|surgical plate*|screw|screws"
-                       "|fixation|embolization coil*|skin marker*|fiducial*|support apparatus/equipment|tracheostomy|endotracheal|nasogastric|dobhoff",
+                       "|fixation|embolization coil*|skin marker*|fiducial*|support apparatus/equipment|tracheostomy|endotracheal|nasogastric"
+                       "|dobhoff",
 }
-WEAK_MENTIONS = {"Edema": "vascular/pulmonary/venous congestion|congestive change*|vascular prominence|indistinctness"}  # uncertain if asserted
+# Asserted, they are only a hint of the finding: uncertain.
+WEAK_MENTIONS = {"Edema": "vascular/pulmonary/venous congestion|congestive change*|vascular prominence|indistinctness|fluid overload"}
 HEART_FAILURE = {"Edema": "chf|heart/cardiac/congestive failure|congestive heart failure"}
 # Organs say nothing by themselves: the finding depends on a status word ("enlarged", "normal", "stable").
 ANATOMY = {
-    "Cardiomegaly": "heart|heart size/silhouette/shadow/contour*|cardiac size/silhouette*/shadow/contour*/outline/and|cardiac,",
+    "Cardiomegaly": "heart|heart size/silhouette/shadow/contour*|cardiac size/silhouette*/shadow/contour*/outline/and|cardiac,|cardiothoracic ratio",
     "Enlarged Cardiomediastinum": "mediastinum|cardiomediastinum|cardiomediastinal|cardio mediastinal|mediastinal,|pericardial silhouette"
-                                  "|mediastinal contour*/silhouette*/structures/size/width/configuration/border*/outline*/and",
+                                  "|mediastinal contour*/silhouette*/structures/size/width/configuration/border*/outline*/shadow*/and"
+                                  "|cardiac mediastinal",
 }
 # Not one of the 14, but a film that shows it is not "No Finding".
 OTHER_ABNORMALITIES = (
@@ -45,17 +48,20 @@ OTHER_ABNORMALITIES = (
 NOT_MENTIONS = (
     "pericardial/joint effusion*|calcified nodul*|mass effect|body mass|kerley b lines|subcutaneous/leg/peripheral edema|soft tissue edema"
     r"|vertebra* collapse|vertebral body collapse|collapsed vertebra*|collapse of (?:\w+ ){0,3}vertebra*|heart rate/disease|not only|no doubt"
-    "|no ~ increase/decrease/worsening/progression/improvement|not ~ displaced/large/larger/smaller/worse|consistent/compatible/keeping with"
-    "|associated/along/together with|when compared|previously seen/noted/described/identified|that/which is/are/was|or two/three/more"
-    "|partial/incomplete resolution of|near/nearly complete resolution of|not ~ resolved|nearly/partially/incompletely resolved"
+    "|no ~ increase/decrease/worsening/progression/improvement|not ~ displaced/larger/smaller/worse|no more/less than"
+    "|consistent/compatible/keeping/associated/along/together with|when compared|previously seen/noted/described/identified"
+    "|not ~ seen/present previously|not ~ seen/present on/in prior/previous|not ~ seen/present on/in the prior/previous|no/without prior/comparison"
+    "|that/which is/are/was|or two/three/more|partial/incomplete resolution/clearing of|near/nearly complete resolution/clearing of"
+    "|not ~ resolved|nearly/partially/incompletely ~ resolved/cleared"
     "|over/overlying/overlies/behind/in/into/within the heart/mediastinum|over/overlying/behind/within the cardiac silhouette/shadow")
 DEGREE = ("significant|significantly|appreciable|appreciably|interval|substantial|substantially|obvious|clearly|definite|definitely|definitively"
-          "|entirely|completely|fully|totally|confidently|reliably|accurately|adequately|be|been|to|have|also|any|major|well|strongly|still")
+          "|entirely|completely|fully|totally|confidently|reliably|accurately|adequately|be|been|to|have|also|any|major|well|strongly|still"
+          "|acute|radiographic")
 CUES = {
     # They rule what follows: negated, uncertain, uncertain whatever else is said, not about this image.
-    "neg": "no|not|without|neither|nor|never|negative/unremarkable for|free of/from|clear/cleared/absence/lack/devoid/none of|denies|excludes"
-           "|resolution/clearing/removal of|rather than|instead of|as opposed to|fails to|negative findings|pertinent negatives"
-           "|cannot ~ see/identify/detect",
+    "neg": "no|not|without|no longer|neither|nor|never|negative/unremarkable for|is/are negative for|free of/from|denies"
+           "|clear/cleared/absence/lack/devoid/none of|excludes|rules/ruling out|resolution/clearing/removal of|rather than|instead of"
+           "|as opposed to|fails to|negative findings|pertinent negatives|cannot ~ see/identify/detect",
     "unc": "may|might|could|would|can be/represent/reflect/indicate|suspicious/suspicion/concern/concerns/concerning/worrisome for|suspicion of"
            "|suspect|question|question/suggestion of|favor*|favour*|consider|differential|whether|rule out|to exclude|query"
            "|correlate/correlation for|correlate clinically",
@@ -66,19 +72,20 @@ CUES = {
            "|conditions/diseases/causes/processes/diagnoses such as|conditions like",
     # They rule what precedes.
     "neg<": "not ~ seen/present/identified/evident/visible/visualized/noted/demonstrated/detected/appreciated/apparent/found/shown/observed"
-            "|not ~ suspected/suggested|excluded|ruled out|none|nil|false|is/are negative",
+            "|not appear ~ present/visible/evident|no longer ~ seen/present/visible/identified/evident/visualized/appreciated/noted"
+            "|not ~ suspected/suggested|excluded|ruled out|none|nil|false|is/are negative"
+            "|cannot ~ seen/identified/detected/visualized",
     "unc<": "cannot/not ~ excluded|cannot/not ~ ruled out|difficult/hard to exclude|should/could/may ~ considered|a consideration/possibility"
-            "|in the differential|may/might/could ~ present|may/could have this appearance|of concern|questioned|not clearly/well seen"
-            "|incompletely evaluated",
+            "|in the differential|may/might/could ~ present|may/could have this appearance|of concern|questioned|incompletely evaluated",
     "unseen": "cannot/not ~ evaluated/assessed|difficult to evaluate/assess|poorly evaluated/assessed/visualized"
-              "|not well visualized|limited evaluation",
+              "|not well visualized|not clearly/well seen|limited evaluation",
     # They rule a noun that follows or, after a verb, what precedes: "resolved effusion", "effusion has resolved".
-    "neg<>": "resolved|cleared|removed|no longer|unlikely|absent|not ~ appear",
+    "neg<>": "resolved|cleared|removed|unlikely|absent",
     "unc<>": "possible|possibly|probable|probably|questionable|suspected|potential|potentially|presumed|presumably|perhaps|maybe|equivocal"
              "|less likely|conceivable|conceivably|uncertain|unclear|inconclusive",
     "normal": "normal|negative|unremarkable|within normal limits|upper limit/limits of normal|upper limits normal|top normal|wnl",
     "abnormal": "enlarged|enlargement|enlarging|widened|widening|wide|prominent|prominence|increased|large|dilated|bigger",
-    "borderline": "borderline|accentuated|exaggerated|magnified|obscured",
+    "borderline": "borderline|accentuat*|exaggerat*|magnifi*|obscured",
     "stable": "stable|unchanged|unaltered|similar|no/without ~ change*|not ~ changed",
     # They shape the scopes.
     "affirm": "yes|true|present|seen|noted|identified|visible|visualized|evident|observed|detected|decreased|improved|worsened|persist*|larger"
@@ -86,8 +93,9 @@ CUES = {
     "copula": "is|are|was|were|has|have|had|remain*|appear*",
     "verb": "show*|demonstrate*|reveal*|indicates|suggests|contains",
     "purpose": "to suggest/indicate/explain/support",
-    "or": "or", "versus": "versus|vs", "and": "and|as well as", "with": "with|by", "there": "there is/are/was/were|there has been",
-    "break": "but|however|although|though|except|other than|aside/apart from|besides|while|whereas|despite|given|because",
+    "or": "or", "versus": "versus|vs", "and": "and|as well as", "with": "with|by|due/secondary to", "there": "there is/are/was/were|there has been",
+    "break": "but|however|although|though|except|other than|aside/apart from|besides|while|whereas|despite|given|because|positive for",
+    "sharp": "sharp",
     "clear": "clear|well aerated/expanded",
     "disease": "abnormalit*|disease|diseases|process|processes|finding|findings|patholog*",
     "noun": "lung|lungs|aorta|aortic|hila|hilar|hilum|vascularity|vasculature|diaphragm*|hemidiaphragm*|trachea|bone|bones|bony|osseous|chest"
@@ -100,21 +108,23 @@ CLAUSE_STARTS = ("there|the|this|it|stable|unchanged|persistent|mild|mildly|mini
 _SORT = "a|an|the|or|partial|complete|abnormal|excess|medical|common|serious|general|lung|fluid|type|kind|form|of"
 GENERIC = (
     r"\brefers? to\b|\b(?:is|are) (?:defined as|characteri[sz]ed by|typically|usually|often|commonly|generally)\b|\bis an? (?:\w+ ){0,2}condition\b",
-    r"^(?!there|the |this|these|that|it |key|main)(?:[\w()]+ ){1,5}(?:is|are|occurs|means) (?:(?:" + _SORT + r") ){0,5}"
-    r"(?:condition|collection|accumulation|build ?up|collapse|infection|inflammation|enlargement|swelling|presence of (?:air|fluid|gas|excess))",
     r"\b(?:may|might|can|could|would|typically|often|usually|commonly|generally) (?:appear|present|manifest|show up)s? (?:as|on|in|with)\b",
     r"\b(?:typically|usually|commonly|generally) (?:\w+ )?(?:appears?|shows?|seen|presents?|manifests?|occurs?|causes?|settles?|results?)\b",
     r"\b(?:can be|often|usually|typically|commonly) caused by\b|\bcan (?:also )?cause\b|\b(?:common|typical|possible) causes\b|\bcauses include\b",
     r"\bto look (?:for|out)\b|\bwhen (?:\w+ ){1,6}(?:is|are) suspected\b|\bgeneral (?:information|overview|guidance|knowledge)\b",
-    r"\b(?:signs?|features|findings|symptoms) of (?:\w+ ){1,4}(?:include|are)\b",
+    r"\b(?:signs?|features|findings|symptoms) of (?:\w+ ){1,4}include\b",
     r"\ba normal chest (?:\w+ ){0,2}(?:shows?|would|has|should|typically|usually)\b",
 )
+# What follows the name of a finding in its definition: "Atelectasis | is a partial collapse of the lung".
+DEFINITION = (r"(?: \([^)]*\))? (?:is|are|occurs|means) (?:(?:" + _SORT + r") ){0,5}(?:condition|collection|accumulation|build ?up|collapse|infection"
+              r"|inflammation|enlargement|swelling|presence of (?:air|fluid|gas|excess)|when)\b")
+THIS_IMAGE = r"\bin this (?:image|x ray|radiograph|film|study|case|patient|chest)\b"  # never general
 SKIPPED_SECTIONS = (r"(?:clinical )?(?:indications?|history|information|data|context)|reason for (?:the |this )?(?:exam|examination|study|visit)"
                     r"|comparisons?|techniques?|procedure|exam|examination|study|views?|recommendations?|next steps|follow up|disclaimer")
 OTHER_SECTIONS = (r"(?:key |main |radiographic |image )?(?:findings?|observations?)|impressions?|conclusions?|reports?|interpretation|results?"
                   r"|summary|assessment|diagnosis|answer")
 REFUSALS = (
-    r"\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b|\b(?:i'm|i am) sorry\b|\b(?:i'd|i would) (?:have|need) to decline\b",
+    r"\bas an? (?:ai|artificial intelligence|(?:large )?language model)\b|\bi am sorry\b|\b(?:i'd|i would) (?:have|need) to decline\b",
     r"\b(?:i|we) (?:am|are) (?:\w+ )?(?:unable|not (?:able|capable|qualified|allowed|permitted|an? (?:doctor|radiologist|physician|medical)))\b",
     r"\b(?:i|we) (?:\w+ )?(?:cannot|will not|must decline|do not feel comfortable|do not have (?:the (?:ability|capability|capacity)|access))\b",
     r"\b(?:i|we) do not (?:see|find) (?:an|any|the) (?:\w+ ){0,2}(?:image|picture|attachment)\b|\bno image (?:was|is|has been)\b",

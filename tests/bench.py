@@ -1,31 +1,27 @@
 """Speed and memory of the packed step and of sampling, as ratios within one run: the same weights, data and device for everyone.
 
-    python tests/bench.py step                                 packed, separate sequences and TRL's DPOTrainer, about 3 minutes
+    python tests/bench.py step                                 packed, separate sequences and TRL's DPOTrainer
     python tests/bench.py step --device cuda --size 7b         the 7B shape with random weights, lengths of the paper's Appendix B
     python tests/bench.py sample                               folded against plain attention
 
-A step is one study and one update: forward, backward, clip, AdamW.
+A step is one study and one update (forward, backward, clip, AdamW) with gradient checkpointing:
     packed      student.PackedStudent with the cached reference, Eq. 11
     separate    the usual implementation of Eq. 11: 1 + N padded sequences, full logits, a reference forward in every step
-    TRL         DPOTrainer on the N pairs (t+, t^u), --trl_pairs at a time, with its reference forward
-The log-probs of the first step have to agree, so that equal work is compared. TRL gets its token ids and pixels from a collator
-outside the measured time. All have student.load's patch embedding: with the stock Conv3d the others would be slower still.
+    TRL         DPOTrainer on the N pairs (t+, t^u), --trl_pairs at a time; token ids and pixels are given outside the measured time
+The log-probs of the first step have to agree, so that equal work is compared. All have student.load's patch embedding: with the
+stock Conv3d the others would be slower still.
 
-Each competitor is a process of its own. On CPU they take turns, so that what else runs on the machine slows all of them, and memory
-is the peak resident set above what it was with the model just built. On CUDA one follows the other, and memory is the allocator's
-peak, weights included. With --json the last line of `step` is
-    {"mode": {"full" | "lora" | "merger": {"time_vs_separate", "time_vs_trl", "memory_vs_separate", "mfu", "hfu", "peak_gib"}},
-     "teacher_cost"}
-with null for what was not measured. Ratios say how many times the packed step's time or memory the other one takes; teacher_cost is
-time(N) / time(1) divided by tokens(N) / tokens(1).
+Each competitor is a process. On CPU they take turns, so that whatever else runs slows all of them, and memory is the peak resident
+set above that of the model just built; on CUDA one follows the other, and memory is the allocator's peak with the weights.
+--json ends with {"mode": {"full" | "lora" | "merger": {"time_vs_separate", "time_vs_trl", "memory_vs_separate", "mfu", "hfu",
+"peak_gib"}}, "teacher_cost"}, null where not measured: how many times the packed step's time or memory the others take, and
+time(N) / time(1) over tokens(N) / tokens(1).
 """
 
 import argparse
-import contextlib
 import importlib.util
 import json
 import multiprocessing
-import os
 import resource
 import statistics
 import sys
@@ -33,14 +29,13 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import transformers  # noqa: E402
-from transformers import AttentionInterface, Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration  # noqa: E402
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 
 import apo  # noqa: E402
@@ -64,28 +59,27 @@ SIZES = {
 }
 
 
-# ---------------------------------------------------------------------------------------------------- model and data
-
 def make_config(size):
     hidden, layers, heads, kv_heads, intermediate, vocabulary = SIZES[size]["text"]
     width, depth, vision_heads, vision_intermediate, full = SIZES[size]["vision"]
     pairs = hidden // heads // 2  # rotary pairs of a head, shared among time, row and column
     row = (pairs - pairs // 4) // 2
-    spread = 1.2 / hidden ** 0.5  # Qwen's 0.02 at 3584; with 0.02 a small model hardly looks at its context
-    text = dict(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, rms_norm_eps=1e-6, initializer_range=spread,
-                num_attention_heads=heads, num_key_value_heads=kv_heads, bos_token_id=None, eos_token_id=None, pad_token_id=0,
-                rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[pairs - 2 * row, row, row]))
+    spread = 1.2 / hidden ** 0.5  # 0.02 at 7B; with 0.02 a small model hardly looks at its context
+    text = dict(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, rms_norm_eps=1e-6,
+                num_attention_heads=heads, num_key_value_heads=kv_heads, initializer_range=spread, bos_token_id=None, eos_token_id=None,
+                pad_token_id=0, rope_parameters=dict(rope_type="default", rope_theta=1e6, mrope_section=[pairs - 2 * row, row, row]))
     vision = dict(hidden_size=width, depth=depth, num_heads=vision_heads, intermediate_size=vision_intermediate, window_size=112,
                   fullatt_block_indexes=full, out_hidden_size=hidden, initializer_range=spread)
-    return Qwen2_5_VLConfig(text_config=text, vision_config=vision, initializer_range=spread, tie_word_embeddings=False, image_token_id=vocabulary - 1,
-                            video_token_id=vocabulary - 2, vision_start_token_id=vocabulary - 3, vision_end_token_id=vocabulary - 4)
+    return transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=False, initializer_range=spread, image_token_id=vocabulary - 1,
+        video_token_id=vocabulary - 2, vision_start_token_id=vocabulary - 3, vision_end_token_id=vocabulary - 4)
 
 
 def build(size, device):
     """The student of a size with random weights, the same at every call, made on the device: bf16 on CUDA, else fp32."""
     torch.manual_seed(0)
     with torch.device(device):
-        model = Qwen2_5_VLForConditionalGeneration._from_config(
+        model = transformers.Qwen2_5_VLForConditionalGeneration._from_config(
             make_config(size), dtype=torch.bfloat16 if device == "cuda" else torch.float32, attn_implementation="sdpa")
     embed = model.model.visual.patch_embed  # as in student.load
     embed.forward = lambda patches: F.linear(patches.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1))
@@ -107,13 +101,13 @@ def make_study(size, teachers=None, more=0):
 
 def padded(study, responses):
     """Each response behind its own prefix and image, right-padded: (the model's inputs, labels with -100 off the response)."""
-    prefix, K = study["prefix_ids"], len(responses)
-    width = max(map(len, responses))
-    behind = lambda first, rows, value: torch.cat([first.expand(K, -1), torch.stack([F.pad(r, (0, width - len(r)), value=value) for r in rows])], 1)
-    ids = behind(prefix, responses, 0)
-    return {"input_ids": ids, "attention_mask": behind(torch.ones_like(prefix), [torch.ones_like(r) for r in responses], 0),
+    prefix, K, width = study["prefix_ids"], len(responses), max(map(len, responses))
+    behind = lambda tails, value: torch.stack([F.pad(tail, (0, width - len(tail)), value=value) for tail in tails])
+    rows = lambda first, tails, value: torch.cat([first.expand(K, -1), behind(tails, value)], 1)
+    ids = rows(prefix, responses, 0)
+    return {"input_ids": ids, "attention_mask": rows(torch.ones_like(prefix), [torch.ones_like(r) for r in responses], 0),
             "pixel_values": study["pixel_values"].repeat(K, 1), "image_grid_thw": study["image_grid_thw"].repeat(K, 1),
-            "mm_token_type_ids": (ids == prefix.max()).int()}, behind(torch.full_like(prefix, -100), responses, -100)
+            "mm_token_type_ids": (ids == prefix.max()).int()}, rows(torch.full_like(prefix, -100), responses, -100)
 
 
 def step_flops(text, vision, prefix, responses, patches, train, checkpointing=True):
@@ -141,94 +135,58 @@ def step_flops(text, vision, prefix, responses, patches, train, checkpointing=Tr
     return model, model + again
 
 
-# ------------------------------------------------------------------------------------------------------- competitors
-
 def clock(device):
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
-class Turns:
-    """A competitor's end of the pipe: every step waits for its turn and reports its seconds."""
-
-    def __init__(self, pipe, device):
-        self.pipe, self.device, self.before = pipe, device, 0
-
-    def built(self):
-        """The model stands; on CPU, memory is counted from here."""
-        self.before = 0 if self.device == "cuda" else self.memory()
-
-    def memory(self):
-        peak = torch.cuda.max_memory_allocated() if self.device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        return peak - self.before
-
-    def begin(self):
-        self.pipe.recv()
-        self.start = clock(self.device)
-
-    def end(self):
-        self.pipe.send(clock(self.device) - self.start)
+def peak_memory(device):
+    return torch.cuda.max_memory_allocated() if device == "cuda" else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 
 
-@contextlib.contextmanager
-def without_adapter(model):
-    layers = student.lora_layers(model).values()
-    for layer in layers:
-        layer.forward = layer.base.forward
-    yield model
-    for layer in layers:
-        del layer.forward
-
-
-def run_ours(turns, name, mode, args):
+def run_ours(turn, model, name, mode, args):
     """'packed', 'one teacher' (packed with N = 1) or 'separate'. Returns the log-probs (1 + N) of the first step."""
-    model = build(args.size, args.device)
-    turns.built()
     study = make_study(args.size, 1 if name == "one teacher" else None)
     if name == "separate":
         inputs, labels = padded(study, study["responses"])
         inputs, labels = student.to(inputs, args.device), labels.to(args.device)
         logps = lambda model: apo.response_logps(model(**inputs, use_cache=False).logits, labels)[None]
-        start = None if mode == "lora" else build(args.size, args.device)  # LoRA's reference is the model without its adapter
+        start = model if mode == "lora" else build(args.size, args.device)  # LoRA's reference is the model without the adapter
     else:
         batch = student.to(student.pack([study], model), args.device)
         logps = lambda model: student.PackedStudent(model)(batch)[0]
         with torch.no_grad():
             ref_logps = logps(model)
     parameters = student.set_trainable(model, TRAIN[mode], **LORA)
-    if args.gradient_checkpointing:
-        student.enable_gradient_checkpointing(model)
+    student.enable_gradient_checkpointing(model)
     settings = SimpleNamespace(learning_rate=LEARNING_RATE, adam_beta1=0.9, adam_beta2=0.98, weight_decay=0.05)
     optimizer = training.make_optimizer(parameters, settings, shard=False)
     model.train()
     first = []
     for _ in range(1 + args.repeats):
-        turns.begin()
+        done = turn()
         if name == "separate":
-            with without_adapter(model) if mode == "lora" else contextlib.nullcontext(start) as reference, torch.no_grad():
-                ref_logps = logps(reference)
+            with torch.no_grad(), mock.patch.object(student.LoRALinear, "forward", lambda layer, x: layer.base(x)):
+                ref_logps = logps(start)
         now = logps(model)
         losses, _ = apo.apo_loss(now, ref_logps)
         losses.sum().backward()
         training.update(parameters, optimizer, LEARNING_RATE, max_grad_norm=1.0)
-        turns.end()
+        done()
         first = first or now[0].tolist()
     return first
 
 
-def run_trl(turns, mode, args):
+def run_trl(turn, model, mode, args):
     """DPOTrainer.train() as it is. Returns the log-prob of t+ and the teachers' mean, which it logs, for the first step."""
     import datasets
     import peft
-    import tokenizers
     import trl
 
-    model = build(args.size, args.device)
-    turns.built()
     study = make_study(args.size)
     t_plus, *teachers = study["responses"]
-    lora, first = mode == "lora", {}
+    lora, first = mode == "lora", []
     for key, parameter in model.named_parameters():
         parameter.requires_grad_(mode == "full" or (mode == "merger" and ".visual.merger." in key))
 
@@ -238,24 +196,23 @@ def run_trl(turns, mode, args):
 
     class Callback(transformers.TrainerCallback):
         def on_step_begin(self, *_, **__):
-            turns.begin()
+            self.done = turn()
 
         def on_step_end(self, *_, **__):
-            turns.end()
-            for key in ("logps/chosen", "logps/rejected"):
-                first.setdefault(key, statistics.mean(trainer._metrics["train"][key]))
+            self.done()
+            if not first:
+                first.extend(statistics.mean(trainer._metrics["train"][key]) for key in ("logps/chosen", "logps/rejected"))
 
     class Processor(transformers.ProcessorMixin):  # tells DPOTrainer the padding token, and that the model sees images
         def __init__(self):
-            words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<pad>": 0}, unk_token="<pad>"))
-            self.tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", eos_token="<pad>")
+            self.tokenizer = SimpleNamespace(pad_token="<pad>", pad_token_id=0, eos_token_id=None, bos_token_id=None)
 
     with tempfile.TemporaryDirectory() as folder:
         settings = trl.DPOConfig(
             output_dir=folder, per_device_train_batch_size=args.trl_pairs, gradient_accumulation_steps=len(teachers) // args.trl_pairs,
-            max_steps=1 + args.repeats, learning_rate=LEARNING_RATE, max_length=None, gradient_checkpointing=args.gradient_checkpointing,
-            bf16=args.device == "cuda", use_cpu=args.device == "cpu", remove_unused_columns=False, dataloader_pin_memory=False,
-            logging_strategy="no", save_strategy="no", report_to="none", disable_tqdm=True)
+            max_steps=1 + args.repeats, learning_rate=LEARNING_RATE, max_length=None, bf16=args.device == "cuda",
+            use_cpu=args.device == "cpu", remove_unused_columns=False, dataloader_pin_memory=False, logging_strategy="no",
+            save_strategy="no", report_to="none", disable_tqdm=True)
         adapter = peft.LoraConfig(r=LORA["r"], lora_alpha=LORA["alpha"], task_type="CAUSAL_LM",
                                   target_modules=rf"model\.language_model\..*\.({'|'.join(student.LORA_TARGETS)})")
         trainer = trl.DPOTrainer(
@@ -264,130 +221,130 @@ def run_trl(turns, mode, args):
             callbacks=[Callback()], peft_config=adapter if lora else None)
         trainer.remove_callback(transformers.PrinterCallback)
         trainer.train()
-    return [first["logps/chosen"], first["logps/rejected"]]
+    return first
 
 
 def competitor(pipe, name, mode, args):
-    """The process of one competitor."""
     torch.set_num_threads(args.threads)
     transformers.utils.logging.set_verbosity_error()
-    turns = Turns(pipe, args.device)
+    if name == "TRL":
+        import trl  # noqa: F401  its own size is no part of the step's memory
+
+    def turn():
+        """Waits for the turn. Returns what is to be called at its end, to report the seconds."""
+        pipe.recv()
+        start = clock(args.device)
+        return lambda: pipe.send(clock(args.device) - start)
+
     try:
-        logps = run_trl(turns, mode, args) if name == "TRL" else run_ours(turns, name, mode, args)
-        pipe.send({"memory": turns.memory(), "logps": logps, "gpu": torch.cuda.get_device_name() if args.device == "cuda" else ""})
+        model = build(args.size, args.device)
+        before = 0 if args.device == "cuda" else peak_memory(args.device)
+        logps = run_trl(turn, model, mode, args) if name == "TRL" else run_ours(turn, model, name, mode, args)
+        gpu = torch.cuda.get_device_name() if args.device == "cuda" else ""
+        pipe.send({"memory": peak_memory(args.device) - before, "logps": logps, "gpu": gpu})
     except torch.OutOfMemoryError:
         pipe.send("out of memory")
 
 
 def compete(names, mode, args):
     """{name: {"seconds" of every repeat, "memory", "logps", "gpu"}}, without those that ran out of memory."""
-    context, results = multiprocessing.get_context("forkserver"), {}
+    context, results = multiprocessing.get_context("fork" if args.device == "cpu" else "spawn"), {}  # CUDA does not survive a fork
     for group in [names] if args.device == "cpu" else [[name] for name in names]:
         pipes, processes = {}, []
         for name in group:
             pipes[name], theirs = context.Pipe()
-            processes.append(context.Process(target=competitor, args=(theirs, name, mode, args)))
+            processes.append(context.Process(target=competitor, args=(theirs, name, mode, args), daemon=True))
             processes[-1].start()
             theirs.close()
             results[name] = {"seconds": []}
-        for _ in range(1 + args.repeats):
+        for turn in range(2 + args.repeats):  # the warm-up, the repeats, the report
             for name, pipe in list(pipes.items()):
-                pipe.send("go")
                 try:
-                    seconds = pipe.recv()
-                except EOFError:
+                    if turn <= args.repeats:
+                        pipe.send("go")
+                    answer = pipe.recv()
+                except (EOFError, OSError):
                     raise SystemExit(f"{mode}: {name} failed, its error is above") from None
-                if seconds == "out of memory":
+                if answer == "out of memory":
                     print(f"{mode}: {name} ran out of memory")
                     del pipes[name], results[name]
-                else:
-                    results[name]["seconds"].append(seconds)
-        for name, pipe in pipes.items():
-            results[name]["seconds"].pop(0)  # the warm-up
-            results[name].update(pipe.recv())
+                elif turn > args.repeats:
+                    results[name].update(answer)
+                elif turn > 0:
+                    results[name]["seconds"].append(answer)
         for process in processes:
-            process.join()
+            process.join()  # gives its memory back
     return results
 
 
-# ------------------------------------------------------------------------------------------------------- subcommands
-
-def equal_work(results, tolerance):
-    """The largest relative difference of each one's log-probs from the packed ones; exits where they are not the same."""
-    packed, differences = results["packed"]["logps"], {}
-    for name, result in results.items():
-        expected = [packed[0], statistics.mean(packed[1:])] if name == "TRL" else packed[:len(result["logps"])]
-        differences[name] = max(abs(a - b) / abs(b) for a, b in zip(result["logps"], expected, strict=True))
-        if not differences[name] <= tolerance:
-            raise SystemExit(f"{name}: log-probs {result['logps']}, packed {expected}: not the same work")
-    return differences
-
-
 def step(args):
+    """The packed step against separate sequences and TRL's DPOTrainer."""
     names = ["packed", "separate"] + ["TRL"] * (not args.no_trl and all(map(importlib.util.find_spec, ("trl", "peft", "datasets"))))
-    spec, config = SIZES[args.size], make_config(args.size)
-    high, wide = spec["image"]
-    prefix = high * wide + spec["prompt"]
+    config, responses, (high, wide) = make_config(args.size), SIZES[args.size]["responses"], SIZES[args.size]["image"]
+    prefix, modes = high * wide + SIZES[args.size]["prompt"], args.modes or ["lora", "merger"] + ["full"] * (args.size != "7b")
     tokens = lambda responses: prefix + sum(responses) - len(responses)
     report = {"mode": {mode: dict.fromkeys(FIELDS) for mode in TRAIN}, "teacher_cost": None}
-    print(f"{args.size} on {args.device}: prefix {prefix}, responses {spec['responses']}, packed into {tokens(spec['responses'])} tokens")
-    for mode in args.modes.split(","):
-        first = mode == args.modes.split(",")[0]
-        results = compete(names + ["one teacher"] * first, mode, args)
+    print(f"{args.size} on {args.device}: prefix {prefix}, responses {responses}, packed into {tokens(responses)} tokens")
+    for mode in modes:
+        results = compete(names + ["one teacher"] * (mode == modes[0]), mode, args)
         if "packed" not in results:
             continue
-        differences = equal_work(results, tolerance=2e-2 if args.device == "cuda" else 1e-4)
-        packed, line = results["packed"], report["mode"][mode]
-        ratio = lambda name: statistics.median(a / b for a, b in zip(results[name]["seconds"], packed["seconds"])) if name in results else None
-        line.update(time_vs_separate=ratio("separate"), time_vs_trl=ratio("TRL"), peak_gib=packed["memory"] / 2**30)
-        if "separate" in results:
-            line["memory_vs_separate"] = results["separate"]["memory"] / packed["memory"]
+        packed, line, times = results["packed"], report["mode"][mode], {}
         seconds = statistics.median(packed["seconds"])
-        flops = step_flops(config.text_config, config.vision_config, prefix, spec["responses"], 4 * high * wide, TRAIN[mode], args.gradient_checkpointing)
+        flops = step_flops(config.text_config, config.vision_config, prefix, responses, 4 * high * wide, TRAIN[mode])
+        line["peak_gib"] = packed["memory"] / 2**30
         for peak in [peak for gpu, peak in PEAK_FLOPS.items() if gpu in packed["gpu"]]:
             line["mfu"], line["hfu"] = (count / seconds / peak for count in flops)
         for name, result in results.items():
-            print(f"{mode:8}{name:12}{statistics.median(result['seconds']):8.3f} s {ratio(name):6.2f}x {result['memory'] / 2**30:8.3f} GiB "
-                  f"{result['memory'] / packed['memory']:6.2f}x   log-probs differ by {differences[name]:.0e}")
+            ours = packed["logps"][:len(result["logps"])] if name != "TRL" else [packed["logps"][0], statistics.mean(packed["logps"][1:])]
+            difference = max(abs(a - b) / abs(b) for a, b in zip(result["logps"], ours, strict=True))
+            times[name] = statistics.median(a / b for a, b in zip(result["seconds"], packed["seconds"]))
+            print(f"{mode:8}{name:12}{statistics.median(result['seconds']):8.3f} s {times[name]:6.2f}x {result['memory'] / 2**30:8.3f} GiB "
+                  f"{result['memory'] / packed['memory']:6.2f}x   log-probs differ by {difference:.0e}")
+            if not difference <= (2e-2 if args.device == "cuda" else 1e-4):
+                raise SystemExit(f"{mode}: {name} does other work than packed")
         print(f"{mode:8}packed: {flops[0] / seconds / 1e12:.3g} TFLOP/s without and {flops[1] / seconds / 1e12:.3g} with recomputation"
               + (f", MFU {line['mfu']:.1%}, HFU {line['hfu']:.1%}" if line["mfu"] else ""), flush=True)
+        line["time_vs_separate"], line["time_vs_trl"] = times.get("separate"), times.get("TRL")
+        if "separate" in results:
+            line["memory_vs_separate"] = results["separate"]["memory"] / packed["memory"]
         if "one teacher" in results:
-            time_ratio, token_ratio = 1 / ratio("one teacher"), tokens(spec["responses"]) / tokens(spec["responses"][:2])
-            report["teacher_cost"] = time_ratio / token_ratio
-            print(f"{mode:8}{len(spec['responses']) - 1} teachers take {time_ratio:.2f}x the time of one, and {token_ratio:.2f}x its tokens")
+            token_ratio = tokens(responses) / tokens(responses[:2])
+            report["teacher_cost"] = 1 / times["one teacher"] / token_ratio
+            print(f"{mode:8}N = {len(responses) - 1} takes {1 / times['one teacher']:.2f}x the time of N = 1 for {token_ratio:.2f}x the tokens")
     return report
 
 
 def sample(args):
-    """Eq. 7's prompt: the study's, with all trajectories in it; its length differs from row to row, so that there is padding."""
-    spec, model = SIZES[args.size], build(args.size, args.device)
+    """Folded against plain attention in sampling t+."""
+    torch.set_num_threads(args.threads)
+    responses, model = SIZES[args.size]["responses"], build(args.size, args.device)
     encoder = SimpleNamespace(pad=0, end=model.config.text_config.vocab_size)  # an end that never comes
-    examples = [make_study(args.size, more=sum(spec["responses"][1:]) - i) for i in range(min(args.batch, spec["responses"][1]))]
-    examples = (examples * args.batch)[:args.batch]
-    new_tokens = args.new_tokens or spec["responses"][0]
-    seconds, ids = {"folded": [], "plain": [], "prefill": []}, {}
+    # Eq. 7's prompt has all trajectories in it; lengths differ from row to row, so that there is padding
+    examples = [make_study(args.size, more=sum(responses[1:]) - row % responses[1]) for row in range(args.batch)]
+    new_tokens = args.new_tokens or responses[0]
+    seconds, out = {"folded": [], "plain": [], "prompts only": []}, {}
     for _ in range(1 + args.repeats):
         for name in seconds:
-            AttentionInterface.register("folded", sdpa_attention_forward if name == "plain" else student._folded_attention)
+            transformers.AttentionInterface.register("folded", sdpa_attention_forward if name == "plain" else student._folded_attention)
             start = clock(args.device)
-            out = student.sample(model, encoder, examples, range(args.batch), temperature=0, max_new_tokens=1 if name == "prefill" else new_tokens)
+            out[name] = student.sample(model, encoder, examples, range(args.batch), 0, max_new_tokens=1 if name == "prompts only" else new_tokens)
             seconds[name].append(clock(args.device) - start)
-            ids[name] = torch.stack([row for row, _ in out])
-    same = (ids["folded"] == ids["plain"]).float().mean().item()
+    same = statistics.mean((a == b).float().mean().item() for (a, _), (b, _) in zip(out["folded"], out["plain"]))
+    folded, plain, prompts = (torch.tensor(times[1:]) for times in seconds.values())  # without the warm-up
+    ratio, decoding = (plain / folded).median().item(), ((plain - prompts) / (folded - prompts)).median().item()
+    print(f"{args.size} on {args.device}: {args.batch} prompts of {len(examples[0]['prefix_ids'])} tokens, {new_tokens} new ones each, {same:.1%} the same\n"
+          f"plain {plain.median():.3f} s, folded {folded.median():.3f} s, of which prompts {prompts.median():.3f} s: {ratio:.2f}x, decoding alone {decoding:.2f}x")
     if args.device == "cpu" and same < 1:
-        raise SystemExit(f"folded and plain attention agree on {same:.1%} of the tokens: not the same work")
-    folded, plain, prefill = (torch.tensor(times[1:]) for times in seconds.values())  # without the warm-up
-    ratio, decoding = (plain / folded).median().item(), ((plain - prefill) / (folded - prefill)).median().item()
-    print(f"{args.size} on {args.device}: {args.batch} prompts of {len(examples[0]['prefix_ids'])} tokens, {new_tokens} new ones each, {same:.1%} of them the same\n"
-          f"plain {plain.median():.3f} s, folded {folded.median():.3f} s, of which prompts {prefill.median():.3f} s: {ratio:.2f}x, decoding alone {decoding:.2f}x")
+        raise SystemExit("folded and plain attention give other tokens")
     return {"time_vs_plain": ratio}
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, repeats in ((step, 5), (sample, 3)):
-        p = commands.add_parser(command.__name__)
+    for command, repeats in ((step, 3), (sample, 3)):
+        p = commands.add_parser(command.__name__, help=command.__doc__.splitlines()[0], description=command.__doc__)
         p.set_defaults(run=command)
         p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
         p.add_argument("--size", choices=tuple(SIZES), default="small", help="of the model and the study (default: %(default)s)")
@@ -395,15 +352,13 @@ def main():
         p.add_argument("--threads", type=int, default=1, help="CPU threads of each process (default: %(default)s)")
         p.add_argument("--json", action="store_true", help="end with one line of JSON")
         if command is step:
-            p.add_argument("--modes", default="lora,merger,full", help="what trains, in this order (default: %(default)s)")
+            p.add_argument("--modes", nargs="+", choices=tuple(TRAIN), help="what trains (default: all; at 7b not full, which needs 124 GiB)")
             p.add_argument("--no_trl", action="store_true", help="leave TRL out, as where it is not installed")
             p.add_argument("--trl_pairs", type=int, default=1, help="pairs per forward of TRL, a divisor of N (default: %(default)s)")
-            p.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True, help="for all competitors")
         else:
             p.add_argument("--batch", type=int, default=32, help="prompts at a time (default: %(default)s)")
             p.add_argument("--new_tokens", type=int, help="per prompt (default: the length of t+)")
     args = parser.parse_args()
-    torch.set_num_threads(args.threads)
     report = args.run(args)
     if args.json:
         print(json.dumps(report))

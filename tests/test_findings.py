@@ -1,7 +1,8 @@
 """The findings reader of metrics/findings.py on hand-written texts.
 
 Every case is a text and what a careful reader takes from it. In `MATTERS` the named findings must have the named value
-(None: not mentioned); in `EXACT` the whole dictionary must be equal. The cases were written before the rules were tuned.
+(None: not mentioned); in `EXACT` the whole dictionary must be equal. Both were written before the rules were tuned; `LATER` holds, in
+the form of `EXACT`, texts that were tried afterwards, with the ones that had been read wrongly.
 """
 
 import os
@@ -387,6 +388,82 @@ EXACT = {
     ],
 }
 
+LATER = {
+    "report sentences": [
+        ("The heart is top normal in size. The mediastinum is stable. Opacity is noted in the right base consistent with atelectasis and "
+         "possibly a small effusion. The left lung is clear.", {CAR: 0, ECM: -1, OPA: 1, ATE: 1, EFF: -1}),
+        ("There is stable prominence of the cardiac silhouette. Pulmonary vascularity is within normal limits.", {CAR: 1}),
+        ("No alveolar consolidation, no findings of pleural effusion or pulmonary edema.", {CON: 0, EFF: 0, EDE: 0, NOF: 1}),
+        ("There is no longer evidence for pulmonary edema.", {EDE: 0, NOF: 1}),
+        ("Left pleural effusion with left basilar atelectasis or infiltrate. Heart size within normal limits.",
+         {EFF: 1, ATE: -1, OPA: -1, CAR: 0}),
+        ("Decreased left pleural effusion. No evidence of pneumothorax status post thoracentesis.", {EFF: 1, PNX: 0}),
+        ("Right middle lobe pneumonia. Followup radiographs to document resolution of the pneumonia are recommended.", {PNA: 1}),
+        ("No evidence for acute pneumonia or edema; chronic right pleural effusion.", {PNA: 0, EDE: 0, EFF: 1}),
+        ("Cannot exclude small left pleural effusion. Otherwise, no acute cardiopulmonary disease.", {EFF: -1}),
+        ("No large pneumothorax or effusion, although small effusions can't be excluded given the supine positioning.", {PNX: 0, EFF: -1}),
+        ("Bibasilar opacities likely reflect atelectasis, though infection cannot be excluded in the proper clinical setting.",
+         {OPA: 1, ATE: 1, PNA: -1}),
+        ("The lungs are clear of focal airspace disease, pneumothorax, or pleural effusion.", {OPA: 0, PNX: 0, EFF: 0, NOF: 1}),
+        ("Low lung volumes accentuate the cardiomediastinal silhouette, which is likely top-normal in size.", {ECM: 0, NOF: 1}),
+        ("Increased retrocardiac opacity, atelectasis or pneumonia. Mild vascular congestion. Unchanged moderate cardiomegaly.",
+         {OPA: 1, ATE: -1, PNA: -1, EDE: -1, CAR: 1}),
+        ("The effusion has nearly completely resolved.", {EFF: 1}),
+        ("The heart is not large.", {CAR: 0, NOF: 1}),
+        ("The effusion is not large.", {EFF: 1}),
+        ("The heart does not appear enlarged.", {CAR: 0, NOF: 1}),
+        ("The heart is no longer enlarged.", {CAR: 0, NOF: 1}),
+        ("The heart is not well seen.", {CAR: -1}),
+        ("Increased cardiothoracic ratio.", {CAR: 1}),
+        ("Heart size cannot be assessed due to adjacent opacity.", {CAR: -1, OPA: 1}),
+        ("Small bilateral effusions not seen on prior exam.", {EFF: 1}),
+        ("There is a small effusion that was not present previously.", {EFF: 1}),
+        ("Without comparison, pneumonia cannot be excluded.", {PNA: -1}),
+        ("No prior studies available; mild cardiomegaly and edema.", {CAR: 1, EDE: 1}),
+        ("Normal cardiac silhouette without pulmonary edema or effusion, mild basilar atelectasis.", {CAR: 0, EDE: 0, EFF: 0, ATE: 1}),
+        ("Pulmonary vasculature is normal, heart enlarged.", {CAR: 1}),
+        ("Mild pulmonary edema, cardiomegaly, and small effusions are unchanged.", {EDE: 1, CAR: 1, EFF: 1}),
+        ("The trachea is central and there is no mediastinal widening or lymphadenopathy.", {ECM: 0, NOF: 1}),
+        ("Frontal views with overlying cardiac monitor leads show an enlarged cardiac silhouette.", {DEV: 1, CAR: 1}),
+        ("Question left lower lobe infiltrate. The heart is not enlarged, and there are no effusions.", {OPA: -1, CAR: 0, EFF: 0}),
+    ],
+    "whole reports": [
+        ("                 FINAL REPORT\n EXAMINATION:  CHEST (PA AND LAT)\n \n INDICATION:  ___ year old woman with dyspnea  // r/o pneumonia\n"
+         " \n COMPARISON:  ___ with pneumothorax\n \n FINDINGS: \n \n PA and lateral views of the chest.   There is no focal consolidation,\n"
+         " effusion, or pneumothorax.  The cardiomediastinal silhouette is normal.  No free air below the right hemidiaphragm is\n seen.\n \n"
+         " IMPRESSION: \n \n No acute intrathoracic process.\n", {CON: 0, EFF: 0, PNX: 0, ECM: 0, NOF: 1}),
+        ("Lines/tubes: ET tube 3 cm above carina. Lungs: bibasilar atelectasis. Pleura: no effusion, no pneumothorax. Heart/mediastinum: stable.",
+         {DEV: 1, ATE: 1, EFF: 0, PNX: 0, CAR: -1, ECM: -1}),
+    ],
+    "chat answers": [
+        ("**Findings:**\n\n1. **Lungs:** Clear bilaterally. No consolidation.\n2. **Heart:** Normal size.\n3. **Pleura:** No effusion or "
+         "pneumothorax.\n\n**Impression:** Normal chest X-ray.", {CON: 0, CAR: 0, EFF: 0, PNX: 0, NOF: 1}),
+        ("I can see:\n\n**Cardiomegaly** - The heart appears enlarged.\n\n**Pleural effusion** - There is blunting of both angles.\n\n"
+         "**Pneumothorax** - I don't see evidence of this.", {CAR: 1, EFF: 1, PNX: 0}),
+        ("1. **Atelectasis**: Not present.\n2. **Cardiomegaly**: Present\n3. **Consolidation**: Uncertain\n4. **Edema**: No\n"
+         "5. **Pneumonia**: Cannot be excluded\n6. **Pneumothorax**: Negative", {ATE: 0, CAR: 1, CON: -1, EDE: 0, PNA: -1, PNX: 0}),
+        ("Atelectasis: 1\nEdema: 0\nPneumonia: -1", {ATE: 1, EDE: 0, PNA: -1}),
+        ("### Key Findings\n- **Bilateral pleural effusions**: Blunted costophrenic angles\n\n### Negative findings\n- Pneumothorax\n- Fracture\n"
+         "\n### Recommendations\n- Echocardiography to evaluate for heart failure", {EFF: 1, PNX: 0, FRA: 0}),
+        ("If there is a pneumothorax, you would see a visible pleural line. In this image, no such line is visible.", {}),
+        ("Pneumonia can cause consolidation on chest X-ray. In this case, there is a consolidation in the right lower lobe.", {CON: 1}),
+        ("The patient has been diagnosed with pneumonia. The basis for the diagnosis is the consolidation in the right lower lobe.", {CON: 1}),
+        ("Pneumothorax? None seen.", {PNX: 0, NOF: 1}),
+        ("Pneumothorax?", {PNX: -1}),
+        ("Both pneumonia and heart failure are possible.", {PNA: -1, EDE: -1, CAR: -1}),
+        ("Atelectasis (present), Edema (absent), Pneumothorax (absent)", {ATE: 1, EDE: 0, PNX: 0}),
+        ("The X-ray is negative for pneumonia and positive for cardiomegaly.", {PNA: 0, CAR: 1}),
+        ("The costophrenic angles are sharp bilaterally, which rules out significant pleural effusion.", {EFF: 0, NOF: 1}),
+        ("Pleural effusion: The right costophrenic angle is clear.", {EFF: 0, NOF: 1}),
+        ("Signs of cardiomegaly in this image include an enlarged silhouette.", {CAR: 1}),
+        ("Also seen is a collection of pleural fluid.", {EFF: 1}),
+        ("Potential differential diagnoses include pneumonia, pulmonary edema, and lung cancer.", {PNA: -1, EDE: -1, LES: -1}),
+        ("It's unlikely that pneumothorax is present.", {PNX: 0, NOF: 1}),
+        ("Yes", {}),
+        ("No", {}),
+    ],
+}
+
 REFUSALS = [
     "As an AI, I'm not capable of providing medical diagnoses.",
     "I'm sorry, but I can't provide a diagnosis from this image.",
@@ -422,7 +499,7 @@ def cases(table):
 
 def test_there_are_at_least_150_distinct_cases():
     texts = {text for table in (MATTERS, EXACT) for rows in table.values() for text, _ in rows}
-    assert len(texts) >= 150
+    assert len(texts) >= 150, "not counting LATER"
 
 
 @pytest.mark.parametrize("text, expected", cases(MATTERS))
@@ -431,7 +508,7 @@ def test_findings_that_matter_are_read(text, expected):
     assert {finding: read.get(finding) for finding in expected} == expected
 
 
-@pytest.mark.parametrize("text, expected", cases(EXACT))
+@pytest.mark.parametrize("text, expected", cases(EXACT) + cases(LATER))
 def test_the_whole_text_is_read(text, expected):
     assert values(text) == expected
 
@@ -454,7 +531,7 @@ def test_reading_names_the_sentence_that_decided():
 
 def test_only_the_fourteen_findings_and_three_values_occur():
     assert len(FINDINGS) == 14
-    for text, _ in [row for table in (MATTERS, EXACT) for rows in table.values() for row in rows]:
+    for text, _ in [row for table in (MATTERS, EXACT, LATER) for rows in table.values() for row in rows]:
         read = values(text)
         assert set(read) <= set(FINDINGS)
         assert set(read.values()) <= {1, 0, -1}
@@ -559,6 +636,8 @@ def test_scores_can_be_limited_to_some_findings():
 def test_scores_refuse_bad_input():
     with pytest.raises(ValueError, match="2 predicted.*1 reference"):
         finding_scores([{}, {}], [{}])
+    with pytest.raises(ValueError, match="no texts"):
+        finding_scores([], [])
     with pytest.raises(ValueError, match="uncertain"):
         finding_scores([{}], [{}], uncertain="maybe")
     with pytest.raises(ValueError, match="Effusions"):

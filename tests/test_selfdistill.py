@@ -17,9 +17,9 @@ import student
 
 
 @pytest.mark.parametrize("text", [
-    "Reader 1 sees an effusion.", "As reader 3 says, the heart is large.", "readers 2 and 4 agree on edema", "Description 2 is wrong.", "In report #1 it is absent.",
-    "The readers agree that the heart is large.", "Most readers see edema.", "All readers describe an effusion.", "Unlike the other readers, I see none.",
-    "Both readers are right.", "several Readers mention a tube", "The reader describes edema.",
+    "Reader 1 sees an effusion.", "As reader 3 says, the heart is large.", "readers 2 and 4 agree on edema", "Description 2 is wrong.",
+    "In report #1 it is absent.", "The readers agree that the heart is large.", "Most readers see edema.", "All readers describe an effusion.",
+    "Unlike the other readers, I see none.", "Both readers are right.", "several Readers mention a tube", "The reader describes edema.",
 ])
 def test_a_text_that_quotes_its_readers_is_no_positive(text):
     assert selfdistill.fault(text, "stop") == "quotes its readers"
@@ -33,7 +33,8 @@ def test_a_text_about_the_film_is_a_positive(text):
     assert selfdistill.fault(text, "stop") is None
 
 
-@pytest.mark.parametrize("text, finish, reason", [("edema", "length", "unfinished"), ("Reader 1", "length", "unfinished"), ("", "stop", "empty"), (" \n\t", "stop", "empty")])
+@pytest.mark.parametrize("text, finish, reason", [("edema", "length", "unfinished"), ("Reader 1", "length", "unfinished"), ("", "stop", "empty"),
+                                                  (" \n\t", "stop", "empty")])
 def test_a_text_that_is_empty_or_does_not_end_is_no_positive(text, finish, reason):
     assert selfdistill.fault(text, finish) == reason
 
@@ -78,13 +79,12 @@ def test_a_stream_of_random_numbers_is_not_shared_between_rows():
 # --------------------------------------------------------------------------------------------------- whole responses
 
 @pytest.fixture(scope="module")
-def talker(base, tmp_path_factory):
+def talker(base, encoder, tmp_path_factory):
     """The folder of a random student that likes to end: its texts have all lengths, and some do not end in time."""
-    model = student.load(base)
+    model, folder = student.load(base), tmp_path_factory.mktemp("talker")
     with torch.no_grad():
-        model.lm_head.weight[data.AutoTokenizer.from_pretrained(base).convert_tokens_to_ids("<|im_end|>")] *= 6
-    folder = tmp_path_factory.mktemp("talker")
-    demo.save_student(folder, model, data.AutoTokenizer.from_pretrained(base))
+        model.lm_head.weight[encoder.end] *= 6
+    demo.save_student(folder, model, encoder.tokenizer)
     return folder
 
 
@@ -142,8 +142,8 @@ def decode_greedily(model, encoder, example, steps):
     """One study, no cache, no padding, no batch: the argmax of a whole forward for each token."""
     ids = example["prefix_ids"][None]
     for _ in range(steps):
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=example["pixel_values"], image_grid_thw=example["image_grid_thw"],
-                       mm_token_type_ids=(ids == encoder.image_pad).long(), use_cache=False).logits
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=example["pixel_values"],
+                       image_grid_thw=example["image_grid_thw"], mm_token_type_ids=(ids == encoder.image_pad).long(), use_cache=False).logits
         ids = torch.cat([ids, logits[:, -1:].argmax(-1)], 1)
         if ids[0, -1] == encoder.end:
             break
@@ -161,13 +161,15 @@ def test_temperature_zero_is_argmax_decoding_token_by_token(folder, encoder, exa
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 def test_a_students_own_generation_settings_do_not_leak_into_sampling(model, encoder, examples, temperature):
     expected = responses(model, encoder, examples, temperature=temperature)
-    # Qwen2.5-VL's own file, its repetition_penalty of 1.05 and its temperature of 1e-6 made visible
-    model.generation_config = GenerationConfig(do_sample=True, repetition_penalty=9.0, temperature=0.5, top_k=1, top_p=0.001, bos_token_id=encoder.pad,
+    # the keys of Qwen2.5-VL's own file; its repetition_penalty of 1.05 and its temperature of 1e-6 made large enough to be seen
+    model.generation_config = GenerationConfig(do_sample=True, repetition_penalty=9.0, temperature=5.0, bos_token_id=encoder.pad,
                                                pad_token_id=encoder.pad, eos_token_id=[encoder.end, encoder.pad])
     assert responses(model, encoder, examples, temperature=temperature) == expected
-    penalised = model.generate(input_ids=examples[4]["prefix_ids"][None], max_new_tokens=24, do_sample=False, pixel_values=examples[4]["pixel_values"],
-                               image_grid_thw=examples[4]["image_grid_thw"], mm_token_type_ids=(examples[4]["prefix_ids"][None] == encoder.image_pad).long())
-    assert penalised[0, len(examples[4]["prefix_ids"]):].tolist() != responses(model, encoder, examples, temperature=0.0)[4][0]  # they are there to leak
+    ids = examples[4]["prefix_ids"][None]
+    penalised = model.generate(input_ids=ids, max_new_tokens=24, do_sample=False, pixel_values=examples[4]["pixel_values"],
+                               image_grid_thw=examples[4]["image_grid_thw"], mm_token_type_ids=(ids == encoder.image_pad).long())
+    greedy = responses(model, encoder, examples, temperature=0.0)[4][0]
+    assert penalised[0, ids.shape[1]:].tolist() != greedy  # transformers' own way takes them over, so they are there to leak
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
@@ -231,15 +233,16 @@ def test_only_failed_samples_are_drawn_again_and_the_first_good_one_stays(monkey
     args = selfdistill.parse(["--studies", "s", "--seed", "5", "--attempts", "3"])
     records = selfdistill.sample_batch(None, script, [(data.Study(name, (), {}, {}), name) for name in "abc"], args)
     positive = {"t_plus": "effusion mild .", "tokens": 3, "finish": "stop"}
-    assert records == [{"id": "a", "seed": "5 a 0", **positive}, {"id": "b", "seed": "5 b 2", **positive}, {"id": "c", "dropped": "quotes its readers"}]
+    assert records == [{"id": "a", "seed": "5 a 0", **positive}, {"id": "b", "seed": "5 b 2", **positive},
+                       {"id": "c", "dropped": "quotes its readers"}]
     assert script.asked == [["5 a 0", "5 b 0", "5 c 0"], ["5 b 1", "5 c 1"], ["5 b 2", "5 c 2"]]
 
 
 # --------------------------------------------------------------------------------------------------------- the stage
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def flags(world, talker):
-    """Small batches of the tiny world; about one sample in five does not end in time, and some studies never do."""
+    """Small batches of the tiny world; about one sample in three does not end in time, and some studies never do."""
     return ["--preset", "demo", "--studies", world / "studies.jsonl", "--images", world, "--task_file", world / "task.json", "--student", talker,
             "--max_new_tokens", "10", "--batch_size", "5", "--attempts", "2", "--no-bf16"]
 
@@ -254,13 +257,13 @@ def contents(folder):
 
 
 @pytest.fixture(scope="module")
-def done(world, talker, tmp_path_factory):
+def done(flags, tmp_path_factory):
     """An uninterrupted run on one rank: its folder, what it wrote, and the part file that it worked in."""
     folder, keep = tmp_path_factory.mktemp("done") / "positives", []
     statistics = selfdistill.statistics
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(selfdistill, "statistics", lambda *args: (keep.append((folder / "part-0.jsonl").read_bytes()), statistics(*args))[1])
-        written = stage(flags.__wrapped__(world, talker), folder)
+        written = stage(flags, folder)
     return folder, written, keep[0]
 
 
@@ -330,7 +333,7 @@ def test_a_killed_run_goes_on_to_the_same_file(done, flags, tmp_path, monkeypatc
 
 def test_a_line_that_a_kill_tore_is_closed_before_the_next_one(done, flags, tmp_path, monkeypatch):
     """Killed twice: the torn end of the first run must not swallow the first record of the second."""
-    folder, _, part = tmp_path / "torn", *done[1:]
+    folder = tmp_path / "torn"
     folder.mkdir()
     (folder / "part-0.jsonl").write_bytes(TORN)
     with monkeypatch.context() as patch:
@@ -345,11 +348,14 @@ def test_a_line_that_a_kill_tore_is_closed_before_the_next_one(done, flags, tmp_
 
 def test_a_finished_stage_says_so_and_touches_nothing(done, flags, monkeypatch, capsys):
     folder, written, _ = done
-    state = lambda: {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir()}
+    state = lambda: {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in folder.iterdir() if path.name != ".lock"}
     before = state()
     monkeypatch.setattr(student, "load", lambda *args: pytest.fail("a finished stage loads nothing"))
     stage(flags, folder)
     assert state() == before and "finished" in capsys.readouterr().out
+    with pytest.raises(SystemExit, match="top_p: 1.0 there, 0.9 here"):  # a stage of other settings is not this one
+        stage([*flags, "--top_p", "0.9"], folder)
+    assert state() == before
 
 
 def test_other_settings_do_not_continue_a_begun_run(done, flags, tmp_path):

@@ -1,0 +1,59 @@
+"""The benchmark runs and compares equal work. Nothing here looks at a time."""
+
+import json
+import os
+import subprocess
+import sys
+
+import bench
+import pytest
+from conftest import ROOT
+
+FIELDS = {"time_vs_separate", "time_vs_trl", "memory_vs_separate", "mfu", "hfu", "peak_gib"}
+
+
+def bench_output(*flags):
+    done = subprocess.run([sys.executable, str(ROOT / "tests" / "bench.py"), *flags], capture_output=True, text=True, timeout=300,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    *text, last = done.stdout.splitlines()
+    return "\n".join(text), json.loads(last)
+
+
+def test_step():
+    text, report = bench_output("step", "--size", "tiny", "--repeats", "1", "--no_trl", "--json")
+    assert set(report) == {"mode", "teacher_cost"} and report["teacher_cost"] > 0
+    assert set(report["mode"]) == {"full", "lora", "merger"}
+    for line in report["mode"].values():
+        assert set(line) == FIELDS
+        assert line["time_vs_trl"] is line["mfu"] is line["hfu"] is None
+        assert min(line["time_vs_separate"], line["memory_vs_separate"], line["peak_gib"]) > 0
+    assert text.count("log-probs differ by") == 7  # packed and separate in three modes, packed with one teacher in the first
+
+
+def test_step_notices_other_work(monkeypatch, capsys):
+    """A packed step that lets branches see each other is no longer compared."""
+    args = bench.argparse.Namespace(size="tiny", device="cpu", repeats=1, threads=1, modes=["merger"], no_trl=True)
+    pack = bench.student.pack
+    monkeypatch.setattr(bench.student, "pack", lambda *a: (lambda batch: {**batch, "branch": batch["branch"] * 0})(pack(*a)))
+    with pytest.raises(SystemExit, match="other work"):
+        bench.step(args)
+    assert "log-probs differ by" in capsys.readouterr().out
+
+
+def test_sample():
+    text, report = bench_output("sample", "--size", "tiny", "--repeats", "1", "--batch", "3", "--json")
+    assert set(report) == {"time_vs_plain"} and "100.0% the same" in text
+
+
+@pytest.mark.parametrize("train, expected", [("lora", (2, 3, 1)), ("full", (3, 4, 4))])
+def test_step_flops(train, expected):
+    """PACKED.md's arithmetic for 7B: 2 * 6.525e9 a token, 4 * 3584 * 28 an attended pair, 2 * 0.545e9 a head token, 5.65e12 an image."""
+    spec, config = bench.SIZES["7b"], bench.make_config("7b")
+    n, prefix = spec["responses"], 1104
+    pairs = sum(range(1, prefix + 1)) + sum(sum(range(prefix + 1, prefix + m)) for m in n)
+    decoder = 2 * 6.525e9 * (prefix + sum(n) - 8) + 4 * 3584 * 28 * pairs + 2 * 0.545e9 * sum(n)
+    model, hardware = bench.step_flops(config.text_config, config.vision_config, prefix, n, 4096, bench.TRAIN[train])
+    forward, recomputed, tower = expected
+    assert model == pytest.approx(forward * decoder + max(1, tower - 1) * 5.65e12, rel=2e-3)
+    assert hardware == pytest.approx(recomputed * decoder + tower * 5.65e12, rel=2e-3)

@@ -1,0 +1,41 @@
+"""The four stages as a user starts them: by torchrun on records, and with no data named at all."""
+
+import json
+
+import numpy as np
+import pytest
+
+
+def test_torchrun_walks_learn_compare_critique_measure(script, run_flags, world, tmp_path):
+    inputs = run_flags[:-2]  # without --student
+    script("spd.py", *run_flags, "--replay", world / "replay.jsonl", "--global_batch", 4, "--num_epochs", 4, "--learning_rate", 3e-3,
+           "--output_dir", tmp_path / "spd", "--logging_steps", 1, ranks=2)
+    script("selfdistill.py", *inputs, "--student", tmp_path / "spd" / "student", "--output_dir", tmp_path / "positives", "--max_new_tokens", 300,
+           ranks=2)
+    script("apo.py", *inputs, "--student", tmp_path / "spd" / "student", "--positives", tmp_path / "positives" / "positives.jsonl",
+           "--output_dir", tmp_path / "apo", "--logging_steps", 1, ranks=2)
+    out = script("evaluate.py", "classify", *inputs[2:], "--student", f"after APO={tmp_path / 'apo' / 'student'}", "--max_new_tokens", 60,
+                 "--json", ranks=2).stdout
+
+    spd = [json.loads(line) for line in (tmp_path / "spd" / "log.jsonl").read_text().splitlines()]
+    apo = [json.loads(line) for line in (tmp_path / "apo" / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in spd] == list(range(1, 25)) and spd[-1]["loss"] < spd[0]["loss"]
+    assert apo[0]["loss"] == pytest.approx(np.log(8), abs=1e-5) and apo[-1]["loss"] < apo[0]["loss"]
+    assert apo[0]["rewards/chosen"] == pytest.approx(0, abs=1e-4)
+    for teacher in ("gpt-5", "moonshot"):
+        assert {f"rewards/{teacher}", f"log_ratio/{teacher}", f"accuracies/{teacher}"} <= set(apo[0])
+    rows = json.loads(out.strip().splitlines()[-1])["rows"]
+    assert {"label prior", "gpt-5", "vote of the teachers", "after APO"} <= set(rows)
+    assert set(rows["after APO"]["greedy"]["accuracy"]) == {"Consolidation", "Pleural Effusion", "Pneumonia", "Pneumothorax", "Edema"}
+    for folder in ("spd", "apo"):
+        assert {"args.json", "env.json", "log.jsonl", "speed.jsonl", "finished.json"} <= {p.name for p in (tmp_path / folder).iterdir()}
+
+
+def test_without_data_the_scale_model_is_made_and_the_second_call_finds_it_done(script, tmp_path):
+    flags = ["--output_dir", tmp_path / "demo", "--max_steps", 3]
+    first = script("apo.py", *flags, ranks=2).stdout
+    assert "no --studies: the scale model" in first and "one seed, not a result" in first and "paper: SPD, all teachers + APO" in first
+    results = (tmp_path / "demo" / "results.json").read_bytes()
+    again = script("apo.py", *flags, ranks=1).stdout
+    assert "learn: " in again and again.count("is finished") == 3 and "holds these results already" in again
+    assert (tmp_path / "demo" / "results.json").read_bytes() == results
