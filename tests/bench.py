@@ -52,7 +52,7 @@ PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16 of t
 # image: merged tokens high and wide; prompt: text tokens of the prefix; responses: t+, then the teachers
 SIZES = {
     "tiny": dict(text=(32, 2, 4, 2, 64, 300), vision=(32, 2, 2, 64, [1]), image=(4, 4), prompt=9, responses=(7, 5, 9)),
-    "small": dict(text=(128, 6, 4, 2, 512, 20_000), vision=(64, 4, 2, 192, [3]), image=(14, 14), prompt=54,
+    "small": dict(text=(112, 6, 7, 1, 592, 20_000), vision=(64, 4, 2, 192, [3]), image=(14, 14), prompt=54,
                   responses=(90, 72, 35, 62, 94, 68, 139, 161)),  # Appendix B's times 1/4
     "7b": dict(text=(3584, 28, 28, 4, 18944, 152_064), vision=(1280, 32, 16, 3420, [7, 15, 23, 31]), image=(32, 32), prompt=80,
                responses=(361, 287, 140, 249, 375, 273, 557, 644)),

@@ -37,7 +37,7 @@ def cases(*rows):
 
 def test_accuracy_is_per_finding_over_its_labels_and_the_mean_is_unweighted(three):
     studies = cases(({"Effusion": "yes", "Edema": "no"}, []), ({"Effusion": "no"}, []), ({"Effusion": "yes"}, []), ({"Effusion": "yes"}, []))
-    readings = [{"Effusion": "yes", "Edema": "no", "Heart": "yes"}, {"Effusion": "yes", "Edema": "yes"}, {}, {"Effusion": "yes"}]
+    readings = [{"Effusion": "yes", "Edema": "no", "Heart": "yes"}, {"Effusion": "yes", "Edema": "yes"}, {"Heart": "no"}, {"Effusion": "yes"}]
     assert evaluate.score(readings, studies, three) == {
         "accuracy": {"Effusion": 2 / 4, "Edema": 1 / 1}, "mean": 0.75, "n": {"Effusion": 4, "Edema": 1},  # Heart has no label, so no score
         "unread": 1 / 5,  # one of five labels was not read, and it counts as wrong

@@ -320,15 +320,17 @@ def test_a_killed_run_goes_on_to_the_same_file(done, flags, tmp_path, monkeypatc
     (folder / "part-1.jsonl" if share == 0.5 else folder / "part-0.jsonl").write_bytes(part[:cut] + torn)
     asked, sample = [], student.sample
 
-    def count(model, encoder, examples, seeds, *rest):
-        asked.extend(seeds)
+    def listen(model, encoder, examples, seeds, *rest):
+        asked.append(seeds)
         return sample(model, encoder, examples, seeds, *rest)
 
-    monkeypatch.setattr(student, "sample", count)
+    monkeypatch.setattr(student, "sample", listen)
     assert stage(flags, folder) == done[1]
-    firsts = sum(seed.endswith(" 0") for seed in asked)
-    on_disk = sum(b'"id"' in line for line in part[:cut].split(b"\n")[:-1])
-    assert 24 - on_disk <= firsts <= 24 - on_disk + 5  # a batch of five that is partly there is drawn whole
+    ids = [json.loads(line)["id"] for line in part.split(b"\n") if line]
+    batches = [ids[at:at + 5] for at in range(0, len(ids), 5)]
+    on_disk = {json.loads(line)["id"] for line in part[:cut].split(b"\n")[:-1] if line}
+    # what is not there is drawn in the batches of the uninterrupted run, whole
+    assert [seeds for seeds in asked if seeds[0].endswith(" 0")] == [[f"0 {id} 0" for id in batch] for batch in batches if set(batch) - on_disk]
 
 
 def test_a_line_that_a_kill_tore_is_closed_before_the_next_one(done, flags, tmp_path, monkeypatch):
