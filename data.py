@@ -13,6 +13,7 @@ Stage 2 adds positives.jsonl: {"id", "t_plus", "seed", "tokens", "finish"}.
 In the paper's letters: v = image, l = prompt, t^u = trajectories[u], T = all of them, t+ = t_plus.
 """
 
+import contextlib
 import json
 import random
 import re
@@ -29,6 +30,7 @@ from metrics.findings import is_refusal as is_chest_refusal
 from metrics.findings import read_findings
 
 MAX_IMAGE_PIXELS = 64_000_000  # a film has about 10 million; beyond this Pillow only warns, and a bomb is no film
+IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")  # no others: Pillow would hand some to outside programs
 
 
 # ---------------------------------------------------------------------------------------------------------- the task
@@ -74,7 +76,7 @@ def load_task(path=None):
          "refusals": ["i cannot", ...]}
 
     findings: name -> the words that name it in a text; classes, in order: class -> phrases, in which {finding} stands for
-    any of the finding's words and * for up to four words that name no other finding.
+    any of the finding's words and * for up to four words of the same clause that name no other finding.
     Raises ValueError naming the file and what was expected.
     """
     if path is None:
@@ -93,20 +95,28 @@ def load_task(path=None):
         value = spec.get(key)
         expect(isinstance(value, dict) and value and all(isinstance(v, list) and v and all(isinstance(s, str) and s.strip() for s in v)
                                                          for v in value.values()), f'"{key}": an object of lists of words')
-    prompts = {"system": "", **spec.get("prompts", {})}
+    prompts = {"system": "", **spec["prompts"]} if isinstance(spec.get("prompts"), dict) else {}
     expect(all(isinstance(prompts.get(k), str) for k in ("system", "student", "teacher", "compare")),
            '"prompts": an object with the texts "student", "teacher", "compare"')
     expect("{diseases}" in prompts["teacher"], '"{diseases}" in prompts.teacher')
     expect("{readers}" in prompts["compare"], '"{readers}" in prompts.compare')
     for phrases in spec["classes"].values():
-        expect(all("{finding}" in phrase for phrase in phrases), 'every phrase of "classes" to contain {finding}')
+        expect(all("{finding}" in phrase.split() for phrase in phrases), 'every phrase of "classes" to contain the word {finding}')
+    for key in ("positive", "refusals"):
+        value = spec.get(key, [])
+        expect(isinstance(value, list) and all(isinstance(s, str) and s for s in value), f'"{key}": a list of words')
     positive = tuple(spec.get("positive", ()))
     expect(set(positive) <= set(spec["classes"]), '"positive": some of the classes')
 
-    patterns = []
+    patterns, between = [], r"[^\w.;|]+"  # a phrase does not reach over the end of a clause
     for finding, words in spec["findings"].items():
-        others = "|".join(re.escape(w) for name, names in spec["findings"].items() if name != finding for w in names) or r"(?!)"
-        gap = rf"(?:\W+(?!(?:{others})\b)\w+){{0,4}}?"
+        others = [w for name, names in spec["findings"].items() if name != finding for w in names]
+        gap = rf"(?:{between}(?!(?:{'|'.join(map(re.escape, others)) or '(?!)'})\b)\w+){{0,4}}?"
+        alternatives = []
+        for word in words:  # 'effusion' is not found inside another finding's 'pericardial effusion'
+            before = "".join(rf"(?<!{re.escape(o[:-len(word)])})" for o in others if o.endswith(f" {word}"))
+            after = "".join(rf"(?!{re.escape(o[len(word):])}\b)" for o in others if o.startswith(f"{word} "))
+            alternatives.append(before + re.escape(word) + after)
         for value, phrases in spec["classes"].items():
             for phrase in phrases:
                 expression = ""
@@ -114,8 +124,8 @@ def load_task(path=None):
                     if token == "*":
                         expression += gap
                         continue
-                    token = "(?:" + "|".join(map(re.escape, words)) + ")" if token == "{finding}" else re.escape(token)
-                    expression += (r"\W+" if expression else "") + token
+                    token = "(?:" + "|".join(alternatives) + ")" if token == "{finding}" else re.escape(token)
+                    expression += (between if expression else "") + token
                 patterns.append((finding, value, re.compile(rf"\b{expression}\b", re.IGNORECASE)))
     return Task(spec.get("name", Path(path).stem), tuple(spec["findings"]), tuple(spec["classes"]), positive, prompts,
                 tuple(spec.get("refusals", ())), tuple(patterns))
@@ -174,7 +184,7 @@ def read_jsonl(path):
             if not line.strip():
                 continue
             try:
-                record = json.loads(line.decode("utf-8"), parse_constant=lambda name: _refuse(f"{name} is not JSON"))
+                record = json.loads(line.decode("utf-8"), parse_constant=lambda name: _refuse(f"{name} is not JSON"), object_pairs_hook=_unique)
                 if b"\\ud" in line.lower():
                     json.dumps(record, ensure_ascii=False).encode("utf-8")
             except (ValueError, RecursionError) as error:
@@ -187,6 +197,14 @@ def read_jsonl(path):
 
 def _refuse(message):
     raise ValueError(message)
+
+
+def _unique(pairs):
+    """json.loads keeps the last of two equal keys without a word: a second text of one teacher would be lost."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        _refuse("the same key twice in one object")
+    return record
 
 
 def faults(record, task):
@@ -300,7 +318,7 @@ def student_prompt(study, task, kind="student"):
 
 def compare_prompt(study, task, seed):
     """(l, T) of Eq. 7: the trajectories as anonymous readers, their order shuffled by (seed, study)."""
-    texts = list(study.trajectories.values())
+    texts = [text for _, text in sorted(study.trajectories.items())]  # the order in the record shall not matter
     random.Random(f"{seed} {study.id} readers").shuffle(texts)
     readers = "\n".join(f"Reader {i}: {text}" for i, text in enumerate(texts, 1))
     return task.prompts["compare"].replace("{readers}", readers)
@@ -308,32 +326,42 @@ def compare_prompt(study, task, seed):
 
 def image_path(path, root):
     """The file of a record's image path. Raises ValueError if it lies outside `root`."""
-    root = Path(root).resolve()
-    file = (root / path).resolve()
+    try:
+        root = Path(root).resolve()
+        file = (root / path).resolve()
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path!r}: no path of an image: {error}") from None
     if not file.is_relative_to(root):
         raise ValueError(f"{path}: lies outside the image folder {root}")
     return file
 
 
-def load_image(path, root):
-    """An RGB PIL image. 16-bit films are rescaled, EXIF rotation is applied. Raises ValueError naming the file if it lies
-    outside `root`, cannot be read, is larger than MAX_IMAGE_PIXELS or longer than 200 times its width."""
+@contextlib.contextmanager
+def open_image(path, root):
+    """A PIL image whose header was read and checked; whatever goes wrong inside becomes a ValueError that names the file."""
     file = image_path(path, root)
     try:
-        with Image.open(file) as image:
+        with Image.open(file, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, expected at most {MAX_IMAGE_PIXELS:,}")
             if max(image.size) > 200 * min(image.size):
                 raise ValueError(f"{image.width} x {image.height} pixels, expected an aspect ratio of at most 200")
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # convert("RGB") would cut a 12-bit film at 255
-                pixels = np.asarray(image, dtype=np.float32)
-                image = Image.fromarray((pixels * (255 / max(pixels.max(), 1))).astype(np.uint8))
-            return image.convert("RGB")
+            yield image
     except FileNotFoundError:
         raise ValueError(f"{file}: no such image") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except Exception as error:  # decoders of broken files raise nearly anything
         raise ValueError(f"{file}: not a readable image: {error}") from None
+
+
+def load_image(path, root):
+    """An RGB PIL image. 16-bit films are rescaled, EXIF rotation is applied. Raises ValueError naming the file if it lies
+    outside `root`, cannot be read, is larger than MAX_IMAGE_PIXELS or longer than 200 times its width."""
+    with open_image(path, root) as image:
+        image = ImageOps.exif_transpose(image)
+        if image.mode.startswith("I"):  # convert("RGB") would cut a 12-bit film at 255
+            pixels = np.asarray(image, dtype=np.float32)
+            image = Image.fromarray((pixels * (255 / max(pixels.max(), 1))).astype(np.uint8))
+        return image.convert("RGB")
 
 
 class Encoder:
@@ -396,7 +424,7 @@ class Encoder:
         """(P, [n of each response]) of a study in tokens, from the texts and the image's header alone."""
         grids = []
         for path in study.images:
-            with Image.open(image_path(path, self.images)) as image:
+            with open_image(path, self.images) as image:
                 size, side = self.image_processor.size, self.image_processor.patch_size
                 height, width = smart_resize(image.height, image.width, side * self.image_processor.merge_size,
                                              size["shortest_edge"], size["longest_edge"])

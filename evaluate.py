@@ -100,7 +100,8 @@ def classify(path, studies, task, args, name):
 
 def baselines(studies, train, task):
     """Label prior, each teacher and the vote, on the same studies. {row: score}."""
-    rows = {"label prior": score([prior(train, task)] * len(studies), studies, task)}
+    name = "label prior" if train else "label prior of these very labels"
+    rows = {name: score([prior(train or studies, task)] * len(studies), studies, task)}
     for name in data.teacher_names(studies):
         rows[name] = score([data.read_classes(study.trajectories.get(name, ""), task) for study in studies], studies, task)
     if len(rows) > 1:
@@ -119,7 +120,8 @@ def table(rows, findings, paper=None):
         lines.append(f"{name:34}" + "".join(f"{s['accuracy'].get(f, float('nan')):>7.3f}" for f in columns)
                      + f"{s['mean']:>7.3f}{sampled}{s['unread']:>8.3f}")
     for name, figures in (paper or {}).items():
-        lines.append(f"{'paper: ' + name:34}" + "".join(f"{x:>7.2f}" for x in figures))
+        of = dict(zip(TABLE_5_FINDINGS, figures))
+        lines.append(f"{'paper: ' + name:34}" + "".join(f"{of[f]:>7.2f}" if f in of else f"{'':7}" for f in columns) + f"{figures[-1]:>7.2f}")
     return "\n".join(lines)
 
 
@@ -149,25 +151,42 @@ def parse(argv=None):
     return parser.parse_args(argv)
 
 
+def named_students(given):
+    """--student values -> {name: folder or hub id}. Raises ValueError if two have the same name."""
+    folders = {}
+    for value in given:
+        name, equals, path = value.partition("=")
+        name, path = (value, value) if Path(value).exists() or not equals else (name, path)
+        if name in folders:
+            raise ValueError(f"--student {value}: a second student named {name!r}, expected NAME=FOLDER with names that differ")
+        folders[name] = path
+    return folders
+
+
 def run(args):
     """-> {row: score}; prints the table."""
     task = data.load_task(args.task_file)
-    folders = {name or path: path for name, _, path in (given.rpartition("=") for given in args.student)}
-    settings = {**vars(args), "sha256": [checkpoint.fingerprint(path) for path in (args.studies, *folders.values())]}
+    folders = named_students(args.student)
+    inputs = (args.studies, *([args.task_file] if args.task_file else []), *folders.values())
+    settings = {**vars(args), "sha256": [checkpoint.fingerprint(path) for path in inputs]}
     if args.output and Path(args.output).exists():
         before = json.loads(Path(args.output).read_text())
         if before["settings"] == settings:
             training.say(f"{args.output} holds these results already\n" + before["table"])
+            if args.json:
+                training.say(json.dumps({"rows": before["rows"]}))
             return before["rows"]
     studies = [s for s in data.read_studies(args.studies, task, args.split) if s.labels]
     if not studies:
         raise ValueError(f"{args.studies}: no study of split {args.split!r} has labels, expected some to score against")
-    train = [s for s in data.read_studies(args.studies, task) if s.split == "train"] or studies
+    train = [s for s in data.read_studies(args.studies, task) if s.split == "train"]
     rows = baselines(studies, train, task)
+    if twice := sorted(set(rows) & set(folders)):
+        raise ValueError(f"--student {twice[0]}: names another row of the table, expected a name of its own")
     for name, path in folders.items():
         rows[name] = classify(path, studies, task, args, name)
-    paper = TABLE_5 if set(TABLE_5_FINDINGS) <= set(task.findings) else None
-    text = table(rows, TABLE_5_FINDINGS if paper else task.findings, paper)
+    first = [finding for finding in TABLE_5_FINDINGS if finding in task.findings]
+    text = table(rows, [*first, *(f for f in task.findings if f not in first)], TABLE_5 if first else None)
     for name in folders:
         text += f"\n{name}: voices, greedy {rows[name]['greedy']['styles']}, sampled {rows[name]['sampled']['styles']}"
     training.say(text)

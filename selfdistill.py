@@ -31,7 +31,8 @@ import data
 import student
 import training
 
-QUOTES_A_READER = re.compile(r"\b(?:reader|report|description)s?\s*#?\d|\b(?:the|all|most|both|other|several) readers?\b", re.IGNORECASE)
+QUOTES_A_READER = re.compile(r"\breaders\b|\breader #?\d|\b(?:the|one|each|another|first|second|third) reader\b"
+                             r"|\b(?:report|description) #?\d\b(?!\s*[cm]m)", re.IGNORECASE)
 
 PRESETS = {
     "paper": dict(refusals="keep"),

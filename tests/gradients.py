@@ -4,7 +4,6 @@ and micro-batches, written by rank 0.   gradients.py BASE WORLD OUT MICRO_BATCH 
 import sys
 from pathlib import Path
 
-import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))

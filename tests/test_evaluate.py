@@ -16,11 +16,6 @@ TASK = {
 }
 
 
-def unfixed(reason):
-    """A known fault. Once it is fixed the test fails here: take the mark away."""
-    return pytest.mark.xfail(strict=True, reason=reason)
-
-
 @pytest.fixture(scope="module")
 def three(tmp_path_factory):
     path = tmp_path_factory.mktemp("task") / "task.json"
@@ -113,7 +108,6 @@ def test_the_table_leaves_out_findings_that_nobody_has_and_marks_what_one_row_la
     assert text.splitlines()[2].split() == ["b", "0.250", "nan", "0.250", "0.125"]
 
 
-@unfixed("table prints the paper's figures by position")
 def test_the_papers_figures_stay_below_their_findings_when_the_data_lack_one():
     some = {name: value for name, value in FIVE.items() if name != "Pneumonia"}
     out = cells(evaluate.table({"student": scores(**some)}, evaluate.TABLE_5_FINDINGS, evaluate.TABLE_5))
@@ -200,14 +194,12 @@ def test_results_are_written_with_their_settings_and_not_computed_twice(chatter,
     assert "holds these results" not in again and json.loads(results.read_text())["settings"]["seed"] == 1
 
 
-@unfixed("run returns before it prints the JSON line")
 def test_results_that_are_there_already_still_end_with_json(chatter, capsys, monkeypatch, tmp_path):
     flags = [*chatter, "--output", tmp_path / "results.json", "--max_new_tokens", "4", "--json"]
     first = command(capsys, monkeypatch, *flags).splitlines()[-1]
     assert json.loads(command(capsys, monkeypatch, *flags).splitlines()[-1]) == json.loads(first)
 
 
-@unfixed("the stored settings hold no sha256 of the task file")
 def test_a_changed_task_is_measured_anew(chatter, capsys, monkeypatch, tmp_path):
     spec = json.loads(chatter[chatter.index("--task_file") + 1].read_text())
     (tmp_path / "task.json").write_text(json.dumps(spec))
@@ -232,7 +224,6 @@ def test_a_student_is_named_by_flag_or_by_folder(chatter, base, capsys, monkeypa
     assert rows[str(base)] == rows["again"]
 
 
-@unfixed("run splits at the last =, expected at the first, and not if the whole is a folder")
 @pytest.mark.parametrize("name", ["mine=", ""])
 def test_a_folder_with_an_equals_sign_in_its_name_is_found(chatter, base, tmp_path, monkeypatch, name):
     folder = tmp_path / "lr=1e-4"

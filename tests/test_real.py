@@ -116,7 +116,8 @@ def test_the_papers_own_example_goes_through_data_prompt_and_loss(base, world, t
     with torch.no_grad():
         batch = student.pack([example], model)
         (logps,) = student.PackedStudent(model)(batch)
-        alone = torch.stack([student.PackedStudent(model)(student.pack([{**example, "responses": [r]}], model))[0][0, 0] for r in example["responses"]])
+        one = lambda response: student.PackedStudent(model)(student.pack([{**example, "responses": [response]}], model))[0][0, 0]
+        alone = torch.stack([one(response) for response in example["responses"]])
     assert torch.allclose(logps[0], alone, rtol=1e-5)
     losses, rewards = apo.apo_loss(logps, logps)
     assert losses.item() == pytest.approx(np.log(8), rel=1e-6) and not rewards.any()

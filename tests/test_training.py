@@ -58,7 +58,8 @@ def test_a_resumed_plan_is_the_tail_of_the_whole_plan():
     assert plan.micro_batches(3) == plan.micro_batches()[3 * plan.accumulation:]
 
 
-@pytest.mark.parametrize("flags, message", [({"global_batch": 6, "micro_batch": 4}, "multiple of"), ({"global_batch": 12, "micro_batch": 1}, "11 studies")])
+@pytest.mark.parametrize("flags, message", [({"global_batch": 6, "micro_batch": 4}, "multiple of"),
+                                            ({"global_batch": 12, "micro_batch": 1}, "11 studies")])
 def test_numbers_that_do_not_divide_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
         training.Plan(11, settings(**flags))
@@ -196,5 +197,6 @@ def test_presets_are_defaults_that_flags_override():
 def test_a_missing_input_names_the_command_that_makes_it(script, world, tmp_path):
     out = script("apo.py", "--studies", world / "studies.jsonl", "--student", world, "--output_dir", tmp_path, expect=1).stdout
     assert "--positives: missing; stage 2 makes them: selfdistill.py" in out
-    out = script("selfdistill.py", "--studies", world / "studies.jsonl", "--student", "runs/nowhere/student", "--output_dir", tmp_path, expect=1).stdout
+    out = script("selfdistill.py", "--studies", world / "studies.jsonl", "--student", "runs/nowhere/student", "--output_dir", tmp_path,
+                 expect=1).stdout
     assert "--student runs/nowhere/student: missing; stage 1 makes pi_st: spd.py" in out
