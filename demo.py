@@ -317,7 +317,7 @@ BASE_SHA256 = ""
 
 
 def build_student(seed, texts, vocabulary=700, vision_layers=2, vision_width=64, layers=3, width=96, heads=4, kv_heads=2,
-                  initializer_range=0.08):
+                  initializer_range=0.08, rope_theta=1e6):
     """A random student of the real class. Sizes in layers, units and heads; 0.66 M parameters as they stand; with Qwen's own
     initializer_range of 0.02 a model this small learns far slower. texts: strings that the byte-level BPE tokenizer is trained on.
     Returns (Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer).
@@ -329,7 +329,7 @@ def build_student(seed, texts, vocabulary=700, vision_layers=2, vision_width=64,
     row = (rotary - rotary // 4) // 2
     text = dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
                 num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=2048, initializer_range=initializer_range,
-                rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[rotary - 2 * row, row, row]),
+                rope_parameters=dict(rope_type="default", rope_theta=rope_theta, mrope_section=[rotary - 2 * row, row, row]),
                 bos_token_id=None, eos_token_id=token["<|im_end|>"], pad_token_id=token["<|endoftext|>"])
     vision = dict(depth=vision_layers, hidden_size=vision_width, intermediate_size=3 * vision_width, num_heads=4, out_hidden_size=width,
                   patch_size=14, spatial_merge_size=2, temporal_patch_size=2, window_size=SIZE, fullatt_block_indexes=[vision_layers - 1],

@@ -17,7 +17,6 @@ import sys
 import torch
 import torch.distributed as dist
 import transformers
-from torch.distributed.optim import ZeroRedundancyOptimizer
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adamw import adamw
 
@@ -310,6 +309,8 @@ def make_optimizer(parameters, args, shard):
     """parameters: {name: parameter}. shard: masters and moments live on one rank each (needed when the decoder trains)."""
     settings = dict(lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.weight_decay)
     if shard and world() > 1:
+        from torch.distributed.optim import ZeroRedundancyOptimizer  # here, since the import scripts old optimisers and warns of each
+
         return ZeroRedundancyOptimizer(parameters.values(), optimizer_class=MasterAdamW, **settings)
     return MasterAdamW(parameters.values(), **settings)
 

@@ -1,5 +1,5 @@
 """A script for test_distributed.py: the reduced gradients of one step of Eq. 6 and of Eq. 11 over 4 studies, for any number of ranks
-and micro-batches, written by rank 0.   gradients.py BASE WORLD OUT MICRO_BATCH TRAIN"""
+and micro-batches, written by rank 0.   gradients.py BASE WORLD OUT MICRO_BATCH"""
 
 import sys
 from pathlib import Path
@@ -13,34 +13,35 @@ import data  # noqa: E402
 import student  # noqa: E402
 import training  # noqa: E402
 
-base, world, out, micro, train = sys.argv[1:]
+base, world, out, micro = sys.argv[1:]
 device = training.init()
 task = data.load_task(f"{world}/task.json")
 studies = data.read_studies(f"{world}/studies.jsonl", task)[:4]
 names = data.teacher_names(studies)
 del studies[1].trajectories[names[2]]  # ragged: one teacher did not answer
 encoder = data.Encoder(base, task, world)
-model = student.load(base)
-parameters = student.set_trainable(model, train.split(","), dropout=0.0)
-student.enable_gradient_checkpointing(model)
-packed = training.wrap(student.PackedStudent(model), device).train()
 examples = [encoder(s, data.student_prompt(s, task), [s.trajectories.get(n) for n in names]) for s in studies]
 mine = [range(4)[i:i + int(micro)] for i in range(0, 4, int(micro))]
 mine = mine[training.rank() * len(mine) // training.world():(training.rank() + 1) * len(mine) // training.world()]
 tokens = sum(len(r) for e in examples for r in e["responses"] if r is not None)
 gradients = {}
-for which in ("eq6", "eq11"):
-    model.zero_grad(set_to_none=False)
-    for at, indices in enumerate(mine):
-        batch = student.pack([examples[i] for i in indices], model)
-        with training.synced(packed, at == len(mine) - 1):
-            (logps,) = packed(batch)
-            if which == "eq6":
-                loss = -logps.sum() / tokens
-            else:
-                loss = apo.apo_loss(logps, logps.detach() + 0.1, mask=batch["tokens"][:, 1:] > 0)[0].sum() / 4
-            (loss * training.world()).backward()
-    gradients |= {f"{which} {name}": p.grad.clone() for name, p in parameters.items()}
+for train in ("decoder,merger,vision", "lora", "merger"):
+    model = student.load(base)
+    parameters = student.set_trainable(model, train.split(","), dropout=0.0)
+    student.enable_gradient_checkpointing(model)
+    packed = training.wrap(student.PackedStudent(model), device).train()
+    for equation in ("eq6", "eq11"):
+        model.zero_grad(set_to_none=False)
+        for at, indices in enumerate(mine):
+            batch = student.pack([examples[i] for i in indices], model)
+            with training.synced(packed, at == len(mine) - 1):
+                (logps,) = packed(batch)
+                if equation == "eq6":
+                    loss = -logps.sum() / tokens
+                else:
+                    loss = apo.apo_loss(logps, logps.detach() + 0.1, mask=batch["tokens"][:, 1:] > 0)[0].sum() / 4
+                (loss * training.world()).backward()
+        gradients |= {f"{train} {equation} {name}": p.grad.clone() for name, p in parameters.items()}
 if training.rank() == 0:
     save_file(gradients, out)
 training.close()

@@ -12,16 +12,20 @@ from conftest import ROOT
 FIELDS = {"time_vs_separate", "time_vs_trl", "memory_vs_separate", "mfu", "hfu", "peak_gib"}
 
 
-def bench_output(*flags):
-    done = subprocess.run([sys.executable, str(ROOT / "tests" / "bench.py"), *flags], capture_output=True, text=True, timeout=300,
+def run(*command):
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300, cwd=ROOT / "tests",
                           env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+
+
+def bench_output(*flags):
+    done = run("bench.py", *flags, "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     *text, last = done.stdout.splitlines()
     return "\n".join(text), json.loads(last)
 
 
 def test_step():
-    text, report = bench_output("step", "--size", "tiny", "--repeats", "1", "--no_trl", "--json")
+    text, report = bench_output("step", "--size", "tiny", "--repeats", "1", "--no_trl")
     assert set(report) == {"mode", "teacher_cost"} and report["teacher_cost"] > 0
     assert set(report["mode"]) == {"full", "lora", "merger"}
     for line in report["mode"].values():
@@ -31,18 +35,28 @@ def test_step():
     assert text.count("log-probs differ by") == 7  # packed and separate in three modes, packed with one teacher in the first
 
 
-def test_step_notices_other_work(monkeypatch, capsys):
-    """A packed step that lets branches see each other is no longer compared."""
-    args = bench.argparse.Namespace(size="tiny", device="cpu", repeats=1, threads=1, modes=["merger"], no_trl=True)
-    pack = bench.student.pack
-    monkeypatch.setattr(bench.student, "pack", lambda *a: (lambda batch: {**batch, "branch": batch["branch"] * 0})(pack(*a)))
-    with pytest.raises(SystemExit, match="other work"):
-        bench.step(args)
-    assert "log-probs differ by" in capsys.readouterr().out
+def test_step_with_trl():
+    """DPOTrainer runs on our collator and scores the same log-probs, from the same images."""
+    pytest.importorskip("trl")
+    text, report = bench_output("step", "--size", "tiny", "--repeats", "1", "--modes", "merger")
+    assert report["mode"]["merger"]["time_vs_trl"] > 0 and report["mode"]["lora"]["time_vs_separate"] is None
+    assert [line.split()[1] for line in text.splitlines() if "log-probs" in line] == ["packed", "separate", "TRL", "one"]
+
+
+def test_step_notices_other_work():
+    """A packed step whose branches stand in wrong places is not compared."""
+    done = run("-c", """if True:
+        import sys
+        import bench
+        right = bench.student.pack
+        bench.student.pack = lambda *a: {**right(*a), "position_ids": right(*a)["position_ids"] + right(*a)["branch"]}
+        sys.argv = ["bench.py", "step", "--size", "tiny", "--repeats", "1", "--no_trl", "--modes", "merger"]
+        bench.main()""")
+    assert done.returncode == 1 and "separate does other work than packed" in done.stderr, done.stdout + done.stderr
 
 
 def test_sample():
-    text, report = bench_output("sample", "--size", "tiny", "--repeats", "1", "--batch", "3", "--json")
+    text, report = bench_output("sample", "--size", "tiny", "--repeats", "1", "--batch", "3")
     assert set(report) == {"time_vs_plain"} and "100.0% the same" in text
 
 
