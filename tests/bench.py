@@ -301,7 +301,7 @@ def step(args):
             times[name] = statistics.median(a / b for a, b in zip(result["seconds"], packed["seconds"]))
             print(f"{mode:8}{name:12}{statistics.median(result['seconds']):8.3f} s {times[name]:6.2f}x {result['memory'] / 2**30:8.3f} GiB "
                   f"{result['memory'] / packed['memory']:6.2f}x   log-probs differ by {difference:.0e}")
-            if not difference <= (2e-2 if args.device == "cuda" else 1e-4):
+            if not difference <= (3e-3 if args.device == "cuda" else 1e-4):  # bf16 rounds by 4e-4, a branch that sees another changes 9e-3
                 raise SystemExit(f"{mode}: {name} does other work than packed")
         print(f"{mode:8}packed: {flops[0] / seconds / 1e12:.3g} TFLOP/s without and {flops[1] / seconds / 1e12:.3g} with recomputation"
               + (f", MFU {line['mfu']:.1%}, HFU {line['hfu']:.1%}" if line["mfu"] else ""), flush=True)
