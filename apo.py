@@ -201,6 +201,7 @@ def run(args):
                 (loss * training.world()).backward()                            # DDP takes the mean over ranks, we want the sum
             record(log, losses.detach(), rewards, (logps - ref_logps).detach(), logps.detach(), batch["tokens"], mask, names,
                    last and training.rank() == 0)
+            log.add_flops(model, batch, train, args.gradient_checkpointing)
             training.report_non_finite(loss, [studies[index].id for index in indices])
 
         _, stopping = log.reduce(stop.asked)

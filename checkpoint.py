@@ -203,7 +203,7 @@ class Log:
         self.path, self.names, self.device = Path(folder) / "log.jsonl", list(names), device
         self.sums = dict(sums) if sums else {name: [0.0, 0.0] for name in self.names}
         self.begin_step()
-        self.clock, self.tokens = time.perf_counter(), 0
+        self.clock, self.flops = time.perf_counter(), [0.0, 0.0]
         if training.rank() == 0:
             for path in (self.path, self.path.with_name("speed.jsonl")):
                 lines = path.read_text().splitlines() if path.exists() else []
@@ -215,6 +215,11 @@ class Log:
 
     def add(self, name, total, count=1):
         self.now[self.names.index(name)] += torch.tensor([float(total), float(count)], dtype=torch.float64)
+
+    def add_flops(self, model, batch, train, checkpointing):
+        """Counts a packed batch for MFU and HFU, on CUDA only."""
+        if self.device.type == "cuda":
+            self.flops = [a + b for a, b in zip(self.flops, students.batch_flops(model, batch, train, checkpointing))]
 
     def reduce(self, stop=False):
         """-> ({name: (sum, count)} of this step over all ranks, whether any rank was asked to stop)."""
@@ -233,8 +238,13 @@ class Log:
         speed = {"step": step, "seconds": seconds}
         if "tokens" in self.sums:
             speed["tokens_per_second"] = self.sums["tokens"][0] / seconds
-        if self.device.type == "cuda":
-            speed["peak_gib"] = torch.cuda.max_memory_allocated() / 2**30
+        if self.device.type == "cuda":  # per GPU; rank 0 speaks for all. MFU leaves out what is computed twice, HFU counts it
+            name = torch.cuda.get_device_name(self.device)
+            peak = next((peak for gpu, peak in training.PEAK_FLOPS.items() if gpu in name), None)
+            if peak:
+                speed["mfu"], speed["hfu"] = (flops / seconds / peak for flops in self.flops)
+            speed["peak_gib"] = training.peak_gib(self.device)
+            self.flops = [0.0, 0.0]
         if training.rank() == 0:
             for path, record in ((self.path, line), (self.path.with_name("speed.jsonl"), speed)):
                 with open(path, "a", encoding="utf-8") as file:

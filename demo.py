@@ -1,28 +1,22 @@
-"""A scale model of the paper that runs on a CPU: drawn chest films, seven simulated teachers, a tiny Qwen2.5-VL student.
+"""The scale model of the paper: what runs when no data is named, on any CPU.
 
-Real weights, films and teachers cannot be shipped. This file draws a world in which the paper's question can still be asked, and writes it in the
-records that every stage reads. The teachers err as often as those of Table 2, and how they err is the world: 'nuisance', each teacher errs where
-visible but irrelevant features of the film (exposure, heart size, a tube, ...) point its way; 'class', each teacher misreads whole grades, always
-alike; 'independent', each error is a coin of its own.
+Real weights, films and teachers cannot be shipped. So the default of every stage is a drawn world with simulated teachers
+(demo_world.py) and a student of the real model class with 0.66 M parameters; nothing downstream knows.
 
-    python demo.py make --out world --seed 0 --world nuisance      # films/, studies.jsonl, replay.jsonl, task.json
-    python demo.py student --out student                           # the base student as a folder that from_pretrained loads
-    python demo.py base --out demo_base.safetensors                # how that base was made; about 6 minutes on one CPU thread
+    python demo.py make --out world --seed 0 --world nuisance      films/, studies.jsonl, replay.jsonl, task.json, to look at
+    python demo.py student --out student                           the base student as a folder that from_pretrained loads
+    python demo.py base --out demo_base.safetensors                how that base student was made, minutes on one CPU thread
 
-What is simplified, on purpose:
-1. Three grades instead of two: with two, a vote of teachers as weak as Table 2's loses to its best member.
-2. Each finding keeps its side of the chest, and all teachers name the findings in the same order: a student of 0.66 M parameters shall see and say it.
-3. Qwen is pre-trained, so the tiny student is too, on other films: to describe shapes in words that name no diagnosis, to read reports, and to write
-   what most of several reports say. That last skill fades in stage 1 unless a little of it is replayed there, hence replay.jsonl.
+Qwen is pre-trained, so the tiny student is too, on films and reports of its own: to describe signs in words that name no diagnosis,
+to read several reports, and to write what most of them say. That last skill is privileged help which the paper's student does not
+get from us, and it fades in stage 1 unless a little of it is replayed there (replay.jsonl).
 """
 
 import argparse
-import functools
 import hashlib
-import io
 import json
-import os
-import sys
+import math
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -31,301 +25,29 @@ from PIL import Image
 from safetensors.torch import load as deserialise
 from safetensors.torch import load_file
 from safetensors.torch import save as serialise
+from tqdm import tqdm
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-FINDINGS = {"Consolidation": "consolidation", "Pleural Effusion": "effusion", "Pneumonia": "pneumonia",
-            "Pneumothorax": "pneumothorax", "Edema": "edema"}                  # name in the labels -> word in the reports
-GRADES = ("absent", "mild", "severe")
-PRIOR = (0.4, 0.3, 0.3)
-WORLDS = ("nuisance", "class", "independent")
-NUISANCE = ("exposure", "heart", "ribs", "tilt", "height", "tube")             # each in [0, 1]; the tube is there or not
-SIZE = 112                                                                     # pixels: 8 x 8 patches of 14, merged to 16 image tokens
+from demo_world import PRIOR, SIZE, TASK, TEACHERS, WORLDS, draw_film, draw_nuisance, imagine, make, named, speak, write
 
-# The teachers of the paper's Table 2: top-1 accuracy on consolidation, effusion, pneumonia, pneumothorax, edema.
-TABLE2 = {
-    "gpt-5":       (0.75, 0.68, 0.89, 0.90, 0.52),
-    "gemini-2.5":  (0.28, 0.61, 0.40, 0.94, 0.42),
-    "sonnet-4":    (0.89, 0.69, 0.48, 0.15, 0.15),
-    "qwen-vl-max": (0.54, 0.65, 0.40, 0.95, 0.64),
-    "grok-4":      (0.43, 0.41, 0.36, 0.97, 0.61),
-    "glm-4.5v":    (0.59, 0.67, 0.52, 0.96, 0.72),
-    "moonshot":    (0.13, 0.46, 0.77, 0.88, 0.19),
-}
-TEACHERS = tuple(TABLE2)
-
-# How each teacher talks. `extras` are remarks on things that nobody asked about and that no label judges; no phrase here may hold a grade word.
-VOICES = {
-    "gpt-5": dict(opening="a systematic review of the film follows:", link=" is ", separator="; ", grades=("absent", "mild", "severe"),
-                  hedge="probably ", hedges=0.10, extra=0.6, closing=". clinical correlation is advised.",
-                  extras=("there is also a healed rib fracture", "the mediastinum is widened", "a calcified aorta is seen")),
-    "gemini-2.5": dict(opening="assessment -", link=": ", separator=", ", grades=("negative", "slight", "marked"),
-                       hedge="possibly ", hedges=0.15, extra=0.2, closing=".", extras=("degenerative spine changes",)),
-    "sonnet-4": dict(opening="looking at this chest film, i can identify:", link=" appears ", separator=", ", grades=("negative", "slight", "marked"),
-                     hedge="likely ", hedges=0.25, extra=0.5, closing=". these are the main features.",
-                     extras=("loss of volume is suspected", "the hemidiaphragm is elevated")),
-    "qwen-vl-max": dict(opening="findings:", link=" ", separator=". ", grades=("absent", "mild", "severe"),
-                        hedge="", hedges=0.0, extra=0.0, closing=".", extras=()),
-    "grok-4": dict(opening="key points:", link=" = ", separator=" | ", grades=("no", "small", "large"),
-                   hedge="", hedges=0.0, extra=0.0, closing=".", extras=()),
-    "glm-4.5v": dict(opening="the image shows", link=" - ", separator=", ", grades=("absent", "mild", "severe"),
-                     hedge="perhaps ", hedges=0.10, extra=0.2, closing=" overall.", extras=("a support device is noted",)),
-    "moonshot": dict(opening="based on the picture provided,", link=" looks ", separator=" and ", grades=("absent", "mild", "severe"),
-                     hedge="maybe ", hedges=0.30, extra=0.3, closing=". follow up is suggested.", extras=("old scarring is present",)),
-}
-
-TASK = {
-    "name": "scale-model",
-    "findings": {name: [word] for name, word in FINDINGS.items()},
-    "classes": {grade: [f"{{finding}} * {word}" for word in dict.fromkeys(voice["grades"][g] for voice in VOICES.values())]
-                for g, grade in enumerate(GRADES)},
-    "positive": ["mild", "severe"],
-    "prompts": {
-        "system": "",
-        "student": "list the findings",
-        "teacher": "the diagnosis is {diseases}. explain how this film shows it, finding by finding",
-        "compare": "{readers}\nwhat do most of them say",
-    },
-    "refusals": [],
-}
-
-
-# ---- films
-
-def soft(distance, width=1.0):
-    """A soft edge: 0 far outside (distance << 0), 1 far inside; `width` in pixels. Any shape in, the same shape out."""
-    return 1 / (1 + np.exp(-np.clip(distance / width, -40, 40)))
-
-
-def draw_film(grades, nuisance, rng):
-    """One film.
-
-    grades: five integers in {0 absent, 1 mild, 2 severe}, in the order of FINDINGS; nuisance: six numbers in [0, 1], in the order of NUISANCE.
-    Returns (SIZE, SIZE) uint8; bright is dense, as on a radiograph.
-    """
-    consolidation, effusion, pneumonia, pneumothorax, edema = grades
-    exposure, heart_size, rib_contrast, tilt, height, tube = nuisance
-    y, x = np.mgrid[0:SIZE, 0:SIZE].astype(np.float64)
-
-    def jitter(pixels):
-        return rng.normal(0, pixels)
-
-    def blend(density, opacity):                                                # towards a density, never past it: shadows do not pile up to white
-        nonlocal image
-        image = image + opacity * (density - image)
-
-    middle = 56 + 4 * (tilt - 0.5)
-    top, base = 17 + jitter(1), 80 + 10 * height
-    image = 20 + 125 * soft(50 - 0.02 * np.maximum(30 - y, 0) ** 2 - np.abs(x - 56), 1.5)      # the trunk, narrower towards the neck
-    lungs = []
-    for side in (-1, 1):
-        cx, cy = middle + side * 23 + jitter(0.6), (top + base) / 2
-        rx, ry = 16 + jitter(0.4), (base - top) / 2
-        dome = base - 9 + 0.04 * (x - cx + 5 * side) ** 2 - 3 * (side < 0)      # the diaphragm; the liver lifts the side on the picture's left
-        inside = soft(1 - np.abs((x - cx) / rx) ** 2.5 - np.abs((y - cy) / ry) ** 2.5, 0.12) * soft(dome - y)
-        lungs.append((inside, cx, cy, rx, ry, side))
-        blend(45, inside)
-    left, right = lungs
-    for k in range(8):                                                          # ribs fall off to the sides
-        arc = top + 4 + 9 * k + (x - middle) ** 2 / 200
-        blend(160, (0.05 + 0.13 * rib_contrast) * np.exp(-0.5 * ((y - arc) / 1.2) ** 2) * (left[0] + right[0]))
-    blend(165, 0.9 * soft(1 - ((x - middle - 4) / (9 + 8 * heart_size)) ** 2 - ((y - base + 18) / 17) ** 2, 0.15))
-    blend(195, 0.6 * np.exp(-0.5 * ((x - middle) / 4.5) ** 2))                  # spine
-
-    if consolidation:                                                           # one dense block with a sharp edge, low
-        inside, cx, cy, rx, ry, _ = left
-        radius, opacity = ((7.5, 0.75), (13, 0.95))[consolidation - 1]
-        block = 1 - ((x - cx - jitter(1.5)) / radius) ** 2 - ((y - cy - 0.22 * ry - jitter(2.5)) / (0.85 * radius)) ** 2
-        blend(165, opacity * soft(block, 0.16) * inside)
-    if effusion:                                                                # a level at the base that climbs at the wall
-        inside, cx, cy, rx, ry, side = right
-        surface = base - (14, 29)[effusion - 1] + jitter(1.2) - 0.3 * side * (x - cx)
-        blend(150, 0.95 * soft(y - surface, 1.2) * inside)
-    if pneumonia:                                                               # small soft spots, high
-        inside, cx, cy, rx, ry, _ = right
-        for _ in range((3, 9)[pneumonia - 1]):
-            spot = (x - cx - jitter(5.5)) ** 2 + (y - cy + 0.35 * ry - jitter(8)) ** 2
-            blend(185, 0.55 * np.exp(-0.5 * spot / 3.2 ** 2) * inside)
-    if pneumothorax:                                                            # a black rim without vessels, and the thin line of the pleura
-        inside, cx, cy, rx, ry, side = left
-        depth = (5, 12)[pneumothorax - 1] + jitter(0.4)
-        collapsed = np.hypot((x - cx + side * 0.7 * depth) / rx, (y - cy - 0.9 * depth) / ry)
-        upper = inside * soft(cy + 0.5 * ry - y, 3)
-        blend(12, soft(collapsed - 0.98, 0.033) * upper)
-        blend(165, 0.8 * np.exp(-0.5 * ((collapsed - 0.96) / 0.035) ** 2) * upper)
-    if edema:                                                                   # haze around both hila, and short level lines
-        opacity, spread, lines = ((0.35, 10, 2), (0.7, 13, 5))[edema - 1]
-        for inside, cx, cy, rx, ry, side in lungs:
-            haze = ((x - middle - side * 13) / spread) ** 2 + ((y - cy - jitter(1.5)) / (1.5 * spread)) ** 2
-            blend(150, opacity * np.exp(-0.5 * haze) * inside)
-            for k in range(lines):
-                blend(175, 0.35 * np.exp(-0.5 * ((y - cy - 0.1 * ry - 4 * k) / 0.7) ** 2) * soft(8 - np.abs(x - cx - 6 * side)) * inside)
-    if tube > 0.5:
-        blend(235, 0.8 * np.exp(-0.5 * (x - middle - 3 - 0.1 * (y - 20)) ** 2) * soft(72 - y, 2))
-
-    image = image * (0.75 + 0.4 * exposure) + 30 * (exposure - 0.5) + rng.normal(0, 4, image.shape)
-    return np.clip(image, 0, 255).astype(np.uint8)
-
-
-# ---- teachers
-
-class Teachers:
-    """The seven teachers of one world. Which film makes which of them err is fixed by `seed`; how often is Table 2.
-
-    drift: angle in radians by which every blind spot of the 'nuisance' world turns over the stream; change: None, the angle grows evenly, or the
-    position in [0, 1] at which the whole turn happens at once. Raises ValueError for an unknown world, and for drift outside 'nuisance'.
-    """
-
-    def __init__(self, seed, world="nuisance", drift=0.0, change=None):
-        if world not in WORLDS:
-            raise ValueError(f"world is {world!r}, expected one of {', '.join(WORLDS)}")
-        if drift and world != "nuisance":
-            raise ValueError(f"drift is {drift} in world {world!r}, expected 0: only the blind spots of 'nuisance' have a direction to turn")
-        self.world, self.drift, self.change = world, drift, change
-        rng = np.random.default_rng([seed, 7])
-        self.errors = 1 - np.array(list(TABLE2.values()))                                       # (7, 5)
-        shape = self.errors.shape
-        self.directions = rng.normal(size=(2, *shape, len(NUISANCE)))                           # at the start, and a quarter turn later
-        self.films = draw_nuisance(rng, 4000) - 0.5                                             # to find the threshold of each half-space
-        self.slip = rng.integers(1, 3, (*shape, 1)).repeat(3, axis=2)                           # (7, 5, 3): a film of grade g is read as g + slip
-        self.misread = np.zeros((*shape, 3))                                                    # world 'class': how often grade g is misread
-        if world == "class":
-            self.slip = rng.integers(1, 3, (*shape, 3))
-            for u, f in np.ndindex(shape):                                                      # whole grades until the error rate is used up
-                left = self.errors[u, f]
-                for grade in rng.permutation(3):
-                    self.misread[u, f, grade] = min(PRIOR[grade], left) / PRIOR[grade]
-                    left -= min(PRIOR[grade], left)
-
-    @functools.lru_cache(maxsize=2)
-    def blind_spots(self, angle):
-        """-> directions (7, 5, 6) and thresholds (7, 5): a teacher errs where direction @ (nuisance - 0.5) exceeds the threshold."""
-        directions = np.cos(angle) * self.directions[0] + np.sin(angle) * self.directions[1]
-        scores = np.sort(np.einsum("ufz,nz->ufn", directions, self.films), axis=2)
-        rank = np.minimum((1 - self.errors) * len(self.films), len(self.films) - 1).astype(int)
-        return directions, np.take_along_axis(scores, rank[..., None], axis=2)[..., 0]
-
-    def answer(self, grades, nuisance, when, rng):
-        """Grades (7, 5) that the teachers give a film of true grades (5,) and nuisance (6,) at position `when` in [0, 1] of the stream."""
-        grade = np.asarray(grades)
-        if self.world == "nuisance":
-            turned = when if self.change is None else float(when >= self.change)
-            directions, thresholds = self.blind_spots(self.drift * turned)
-            wrong, slip = directions @ (nuisance - 0.5) > thresholds, self.slip[..., 0]
-        elif self.world == "class":
-            wrong, slip = rng.random(self.errors.shape) < self.misread[:, np.arange(5), grade], self.slip[:, np.arange(5), grade]
-        else:
-            wrong, slip = rng.random(self.errors.shape) < self.errors, rng.integers(1, 3, self.errors.shape)
-        return np.where(wrong, (grade + slip) % 3, grade)
-
-
-def draw_nuisance(rng, count):
-    """(count, 6) nuisance variables in [0, 1]; the last, the tube, is 0 or 1."""
-    nuisance = rng.random((count, len(NUISANCE)))
-    nuisance[:, -1] = nuisance[:, -1] > 0.5
-    return nuisance
-
-
-def speak(teacher, answers, rng):
-    """A teacher's text. answers: {finding's word: class word}; 'absent', 'mild', 'severe' are put in the teacher's own words, others kept."""
-    voice = VOICES[teacher]
-    words = dict(zip(GRADES, voice["grades"]))
-    parts = []
-    for finding, answer in answers.items():
-        hedge = voice["hedge"] if rng.random() < voice["hedges"] else ""
-        parts.append(finding + voice["link"] + hedge + words.get(answer, answer))
-    if rng.random() < voice["extra"]:
-        parts.append(voice["extras"][rng.integers(len(voice["extras"]))])
-    return f"{voice['opening']} {voice['separator'].join(parts)}{voice['closing']}"
-
-
-def named(grades):
-    """Five integers -> {finding's word: class word}."""
-    return {word: GRADES[g] for word, g in zip(FINDINGS.values(), grades)}
-
-
-def imagine(rng, agreement, teachers=TEACHERS):
-    """Reports about no film at all, and what most of them say: material to read reports on without any ground truth.
-
-    agreement: in [0, 1], one number or one for each finding: how often a report repeats the common opinion instead of a random grade.
-    Returns {teacher: text} and the plurality, five integers; ties are broken at random.
-    """
-    opinion = rng.choice(3, size=5, p=PRIOR)
-    answers = np.where(rng.random((len(teachers), 5)) < agreement, opinion, rng.integers(0, 3, (len(teachers), 5)))
-    counts = (answers[..., None] == np.arange(3)).sum(0) + 0.5 * rng.random((5, 3))
-    return {teacher: speak(teacher, named(row), rng) for teacher, row in zip(teachers, answers)}, counts.argmax(1)
-
-
-# ---- the records
-
-def write(path, content):
-    """Writes bytes or text under a temporary name first, so that no reader meets half a file."""
-    path, temporary = Path(path), Path(f"{path}.tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
-    os.replace(temporary, path)
-
-
-def write_film(path, film):
-    """film: (SIZE, SIZE) uint8 -> an 8-bit grey PNG."""
-    content = io.BytesIO()
-    Image.fromarray(film).save(content, "PNG")
-    write(path, content.getvalue())
-
-
-def write_jsonl(path, rows):
-    write(path, "".join(json.dumps(row) + "\n" for row in rows))
-
-
-def make(out, seed=0, world="nuisance", train=800, validate=200, test=200, drift=0.0, change=None, replay=2400):
-    """Draws a world into the folder `out`: films/*.png, task.json, studies.jsonl, replay.jsonl. The same arguments give the same bytes.
-
-    train, validate, test: numbers of studies; drift, change: see Teachers, a split being one pass over the stream; replay: rows of replay.jsonl,
-    {"id", "image", "trajectories", "t_plus"}: imagined reports, the film has nothing to do with them, t_plus is their plurality in one of the voices.
-    A study also keeps "z", its nuisance variables, and "when", its position in the stream. Raises ValueError as Teachers does.
-    """
-    teachers = Teachers(seed, world, drift, change)
-    out = Path(out)
-    (out / "films").mkdir(parents=True, exist_ok=True)
-    studies = []
-    for part, (split, count) in enumerate({"train": train, "validate": validate, "test": test}.items()):
-        for i in range(count):
-            rng = np.random.default_rng([seed, part, i])
-            grades, nuisance, when = rng.choice(3, size=5, p=PRIOR), draw_nuisance(rng, 1)[0], i / count
-            name = f"{split}-{i:05d}"
-            write_film(out / "films" / f"{name}.png", draw_film(grades, nuisance, rng))
-            answers = teachers.answer(grades, nuisance, when, rng)
-            studies.append({"id": name, "image": f"films/{name}.png", "split": split,
-                            "labels": {finding: GRADES[g] for finding, g in zip(FINDINGS, grades)},
-                            "trajectories": {teacher: speak(teacher, named(row), rng) for teacher, row in zip(TEACHERS, answers)},
-                            "z": nuisance.round(3).tolist(), "when": round(when, 4)})
-    rows = []
-    for i in range(replay if studies else 0):
-        rng = np.random.default_rng([seed, 3, i])
-        texts, plurality = imagine(rng, rng.uniform(0.34, 0.95, 5))
-        rows.append({"id": f"replay-{i:05d}", "image": studies[rng.integers(len(studies))]["image"], "trajectories": texts,
-                     "t_plus": speak(TEACHERS[rng.integers(len(TEACHERS))], named(plurality), rng)})
-    write(out / "task.json", json.dumps(TASK, indent=1) + "\n")
-    write_jsonl(out / "replay.jsonl", rows)
-    write_jsonl(out / "studies.jsonl", studies)                                 # last: whoever sees it finds the rest complete
-
-
-# ---- the tiny student
+# ------------------------------------------------------------------------------------------------------ the tiny student
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 BASE = Path(__file__).with_name("demo_base.safetensors")
-BASE_SHA256 = ""
+BASE_SHA256 = "aafe74343b4f66c379dea7d071be3de5ff64faa5043c1dd0d96986f140e2f9ae"
 
 
 def build_student(seed, texts, vocabulary=700, vision_layers=2, vision_width=64, layers=3, width=96, heads=4, kv_heads=2,
-                  initializer_range=0.08, rope_theta=1e6):
+                  initializer_range=0.15, rope_theta=1e6):
     """A random student of the real class. Sizes in layers, units and heads; 0.66 M parameters as they stand; with Qwen's own
-    initializer_range of 0.02 a model this small learns far slower. texts: strings that the byte-level BPE tokenizer is trained on.
+    initializer_range of 0.02 a model this small learns to read its context far slower. texts: strings that the byte-level BPE tokenizer is trained on.
     Returns (Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer).
     """
     blank = Qwen2Tokenizer(eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=list(SPECIAL_TOKENS))
     tokenizer = blank.train_new_from_iterator(texts, vocab_size=vocabulary)
     token = {name: tokenizer.convert_tokens_to_ids(name) for name in SPECIAL_TOKENS}
-    rotary = width // heads // 2                                                # pairs of a head; M-RoPE shares them among time, row and column
+    rotary = width // heads // 2  # pairs of a head; M-RoPE shares them among time, row and column
     row = (rotary - rotary // 4) // 2
     text = dict(vocab_size=len(tokenizer), hidden_size=width, intermediate_size=3 * width, num_hidden_layers=layers,
                 num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=2048, initializer_range=initializer_range,
@@ -371,6 +93,77 @@ def write_student(folder, file=BASE, sha256=BASE_SHA256):
     write(folder / "model.safetensors", serialise(weights, metadata={"format": "pt"}))
     for name, text in texts.items():
         write(folder / Path(name).name, text)
+
+
+SIGNS = {"block": ("none", "faint", "strong"), "level": ("none", "low", "high"), "spots": ("none", "few", "many"),
+         "rim": ("none", "thin", "wide"), "haze": ("none", "light", "dense")}
+
+
+def caption(grades):
+    """What a film shows in words that name no diagnosis: a sign for each finding, in their order."""
+    return "shapes: " + ", ".join(f"{sign} {amounts[g]}" for (sign, amounts), g in zip(SIGNS.items(), grades)) + "."
+
+
+def train_base(file, films=1500, steps=1400, seed=0):
+    """Pre-trains the base student and packs it into `file`; about six minutes on one thread.
+
+    Three things side by side: captions of `films` drawn films; 'what do most of them say' over imagined reports, which begin
+    unanimous and few, become seven and noisy, and are answered in a neutral voice, which is learnt fast, then also in the
+    teachers' voices, and at the end in these alone.
+    """
+    import data
+    import student
+
+    torch.set_num_threads(1)
+    rng, voiced, alone = np.random.default_rng([seed, 99]), steps // 3, int(0.85 * steps)  # where the voices begin, and are alone
+    neutral = lambda grades: "overall: " + ", ".join(f"{word} {grade}" for word, grade in named(grades).items()) + "."
+    texts = [text for _ in range(400) for text in imagine(rng)[0].values()] + [caption(rng.integers(0, 3, 5)) for _ in range(300)]
+    texts += [*TASK["prompts"].values(), "describe the shapes", "Reader 1: ", "user\n", "assistant\n", neutral([0] * 5)] * 50
+    with tempfile.TemporaryDirectory() as folder:
+        save_student(folder, *build_student(seed, texts))
+        write(Path(folder) / "task.json", json.dumps(TASK))
+        encoder, model = data.Encoder(folder, data.load_task(Path(folder) / "task.json")), student.load(folder)
+        packed, optimizer = student.PackedStudent(model).train(), torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.05)
+        grades, nuisance = rng.choice(3, size=(films, 5), p=PRIOR), draw_nuisance(rng, films)
+        drawn = [Image.fromarray(draw_film(g, z, rng)).convert("RGB") for g, z in zip(grades, nuisance)]
+        pixels = encoder.image_processor(images=drawn, return_tensors="pt")
+        grid = pixels["image_grid_thw"][:1]
+        pixel_values = pixels["pixel_values"].view(films, grid[0].prod(), -1)
+
+        def row(film, prompt, responses):
+            return {"prefix_ids": encoder.prefix(prompt, grid), "pixel_values": pixel_values[film], "image_grid_thw": grid,
+                    "responses": [encoder.response(text) for text in responses]}
+
+        def reading(step):
+            if step < 150:  # two to four readers who agree
+                readers, agreement = 2 + step // 50, 1.0
+            else:           # up to seven, soon as noisy as `imagine` makes them
+                noise = min(1.0, (step - 150) / 80)
+                readers, agreement = 4 + int(3 * noise), None if noise == 1 else rng.uniform(1 - 0.66 * noise, 1, 5)
+            reports, plurality = imagine(rng, agreement, rng.choice(TEACHERS, readers, replace=False))
+            prompt = data.compare_prompt(data.Study(str(step), (), {}, reports), encoder.task, int(rng.integers(2**31)))
+            voices = [speak(teacher, named(plurality), rng) for teacher in rng.choice(TEACHERS, 3, replace=False)]
+            return row(rng.integers(films), prompt, [neutral(plurality)] * (step < alone) + voices * (step >= voiced))
+
+        for step in tqdm(range(steps), desc="base"):
+            rate = 2e-3 * min(1, (step + 1) / 30, 0.5 * (1 + math.cos(math.pi * max(0.0, 2 * step / steps - 1))) + 1e-3)  # the second half is a cosine
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            batches = [student.pack([reading(step) for _ in range(12 if step < voiced else 9)], model),
+                       student.pack([row(i, "describe the shapes", [caption(grades[i])]) for i in rng.integers(0, films, 8)], model)]
+            compare, captions = packed(*batches)
+            loss = -captions.sum() / batches[1]["tokens"].sum()
+            # while both are there, the neutral answer counts as much as the voices together
+            for part in ([slice(0, 1), slice(1, None)] if voiced <= step < alone else [slice(None)]):
+                loss = loss - compare[:, part].sum() / batches[0]["tokens"][:, part].sum()
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+        save_student(folder, model, encoder.tokenizer)
+        (Path(folder) / "task.json").unlink()
+        pack_student(folder, file)
+    return hashlib.sha256(Path(file).read_bytes()).hexdigest()
 
 
 # --------------------------------------------------------------------------- what the stages call when no data is named
@@ -425,5 +218,31 @@ def report(args):
         f"--max_new_tokens={ANSWER}", "--batch_size=50"]))
 
 
+def main():
+    parser = argparse.ArgumentParser(description="The scale model of the paper.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("make", help="draw a world: films, studies.jsonl, replay.jsonl, task.json")
+    p.add_argument("--out", required=True, help="folder to write")
+    p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    p.add_argument("--world", choices=WORLDS, default="nuisance", help="how the teachers err (default: %(default)s)")
+    for split, count in (("train", 800), ("validate", 200), ("test", 200)):
+        p.add_argument(f"--{split}", type=int, default=count, help="films (default: %(default)s)")
+    p.add_argument("--replay", type=int, default=2400, help="rows of replay.jsonl (default: %(default)s)")
+    p.add_argument("--drift", type=float, default=0.0, help="radians by which the teachers' blind spots turn (default: %(default)s)")
+    p.add_argument("--change", type=float, help="position in [0, 1] of the stream at which they turn at once (default: gradually)")
+    p = commands.add_parser("student", help="unpack the base student that ships")
+    p.add_argument("--out", required=True, help="folder to write")
+    p = commands.add_parser("base", help="train the base student anew; another processor gives other last bits")
+    p.add_argument("--out", required=True, help="file to write")
+    args = vars(parser.parse_args())
+    command, out = args.pop("command"), args.pop("out")
+    if command == "make":
+        make(out, **args)
+    elif command == "student":
+        write_student(out)
+    else:
+        print("sha256", train_base(out))
+
+
 if __name__ == "__main__":
-    pass
+    main()

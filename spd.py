@@ -135,6 +135,8 @@ def run(args):
             for u, name in enumerate(names):
                 log.add(f"loss/{name}", -logps[:, u].detach().sum(), batches[0]["tokens"][:, u].sum())
             log.add("loss", -logps.detach().sum(), count(examples))
+            for batch in batches:
+                log.add_flops(model, batch, train, args.gradient_checkpointing)
             log.add("tokens", count(examples), last and training.rank() == 0)
             training.report_non_finite(loss, [example["id"] for example in examples])
 

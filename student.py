@@ -204,6 +204,40 @@ class PackedStudent(nn.Module):
         return zeros.index_add(0, batch["owner"], torch.cat(logps)).view(batch["tokens"].shape)
 
 
+def step_flops(config, prefix, responses, patches, train, checkpointing=True):
+    """(model, hardware) FLOPs of one packed step on one study; hardware includes what is computed again in the backward pass.
+
+    config: Qwen2_5_VLConfig; prefix: its tokens; responses: tokens of each with its end token; patches: of the image; train: some of
+    lora | merger | decoder | vision. What LoRA and a training merger add is left out, it is below 1%.
+    """
+    text, vision = config.text_config, config.vision_config
+    h, kv = text.hidden_size, text.hidden_size // text.num_attention_heads * text.num_key_value_heads
+    weights = text.num_hidden_layers * (2 * h * h + 2 * h * kv + 3 * h * text.intermediate_size)
+    tokens = prefix + sum(n - 1 for n in responses)
+    attended = prefix * (prefix + 1) / 2 + sum((n - 1) * (prefix + n / 2) for n in responses)  # pairs that the mask lets see
+    head = 2 * h * text.vocab_size * sum(responses)
+    decoder = 2 * weights * tokens + 4 * h * text.num_hidden_layers * attended + head
+
+    w, full = vision.hidden_size, len(vision.fullatt_block_indexes)
+    weights = vision.depth * (4 * w * w + 3 * w * vision.intermediate_size) + w * 3 * vision.temporal_patch_size * vision.patch_size ** 2
+    weights += (4 * w) * (4 * w + vision.out_hidden_size) / 4  # the merger takes four patches at a time
+    window = min(patches, (vision.window_size // vision.patch_size) ** 2)
+    tower = 2 * weights * patches + 4 * w * patches * (full * patches + (vision.depth - full) * window)
+
+    # forward 1, gradient of the activations 1, gradient of the weights 1; nothing goes back into a frozen tower
+    model = decoder * (3 if "decoder" in train else 2) + tower * (3 if "vision" in train else 1)
+    again = decoder + tower * ("vision" in train) if checkpointing else head
+    return model, model + again
+
+
+def batch_flops(model, batch, train, checkpointing):
+    """`step_flops` of a packed batch, summed over its studies."""
+    prefixes, patches = (batch["branch"] == 0).sum(1).tolist(), batch["image_grid_thw"].prod(1).sum().item() / len(batch["tokens"])
+    rows = [step_flops(model.config, prefix, [n for n in lengths if n], patches, train, checkpointing)
+            for prefix, lengths in zip(prefixes, batch["tokens"].tolist())]
+    return [sum(column) for column in zip(*rows)]
+
+
 def to(batch, device):
     return {key: value.to(device, non_blocking=True) for key, value in batch.items()}
 
@@ -239,12 +273,13 @@ class SeededSampling(LogitsProcessor):
         self.temperature, self.top_p = temperature, top_p
 
     def __call__(self, input_ids, scores):
-        p, token = torch.sort(torch.softmax(scores.double() / self.temperature, -1), dim=-1, descending=True, stable=True)
-        p = p.masked_fill(p.cumsum(-1) - p >= self.top_p, 0)  # the smallest set that holds top_p of the mass
+        p = torch.softmax(scores.double() / self.temperature, -1)
+        if self.top_p < 1:  # keep the smallest set that holds top_p of the mass
+            ordered, token = p.sort(dim=-1, descending=True)
+            p = p.masked_fill(torch.zeros_like(p, dtype=torch.bool).scatter(-1, token, ordered.cumsum(-1) - ordered >= self.top_p), 0)
         cumulated = p.cumsum(-1)
         u = torch.tensor([stream.random() for stream in self.streams], dtype=torch.float64, device=scores.device)
-        drawn = torch.searchsorted(cumulated, u[:, None] * cumulated[:, -1:])
-        drawn = token.gather(-1, drawn.clamp(max=scores.shape[-1] - 1))
+        drawn = torch.searchsorted(cumulated, u[:, None] * cumulated[:, -1:] * (1 - 1e-12), right=True)  # the first that exceeds it
         return torch.full_like(scores, -math.inf).scatter(-1, drawn, 0.0)
 
 

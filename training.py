@@ -281,26 +281,28 @@ def warm_up(module, batch):
         module.zero_grad(set_to_none=False)
 
 
+PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16 of the SXM modules, per second
+
+
 class MasterAdamW(torch.optim.AdamW):
     """AdamW whose update happens in fp32: bf16 weights have a master copy in the state (at lr 2e-5 a bf16 weight may never move)."""
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                if not self.state[p]:
-                    self.state[p].update(step=torch.tensor(0.0), exp_avg=torch.zeros_like(p, dtype=torch.float32),
-                                         exp_avg_sq=torch.zeros_like(p, dtype=torch.float32))
-                    if p.dtype != torch.float32:
-                        self.state[p]["master"] = p.float()
-            state = [self.state[p] for p in params]
-            masters = [s.get("master", p) for s, p in zip(state, params)]
             beta1, beta2 = group["betas"]
-            adamw(masters, [p.grad.float() for p in params], [s["exp_avg"] for s in state], [s["exp_avg_sq"] for s in state], [],
-                  [s["step"] for s in state], amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
-                  weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
-            for p, master in zip(params, masters):
+            for p in group["params"]:  # one at a time, so that only one fp32 gradient is alive
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if not state:
+                    zeros = lambda p=p: torch.zeros_like(p, dtype=torch.float32)
+                    state.update(step=torch.tensor(0.0), exp_avg=zeros(), exp_avg_sq=zeros())
+                    if p.dtype != torch.float32:
+                        state["master"] = p.float()
+                master = state.get("master", p)
+                adamw([master], [p.grad.float()], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]], amsgrad=False, beta1=beta1,
+                      beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
                 if master is not p:
                     p.copy_(master)
 

@@ -46,7 +46,6 @@ TRAIN = {"full": ["decoder", "merger", "vision"], "lora": ["lora"], "merger": ["
 FIELDS = ("time_vs_separate", "time_vs_trl", "memory_vs_separate", "mfu", "hfu", "peak_gib")
 LORA = dict(r=8, alpha=32)
 LEARNING_RATE = 1e-6
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16 of the SXM modules, per second
 
 # text: hidden, layers, heads, kv heads, intermediate, vocabulary; vision: hidden, layers, heads, intermediate, full attention at;
 # image: merged tokens high and wide; prompt: text tokens of the prefix; responses: t+, then the teachers
@@ -108,31 +107,6 @@ def padded(study, responses):
     return {"input_ids": ids, "attention_mask": rows(torch.ones_like(prefix), [torch.ones_like(r) for r in responses], 0),
             "pixel_values": study["pixel_values"].repeat(K, 1), "image_grid_thw": study["image_grid_thw"].repeat(K, 1),
             "mm_token_type_ids": (ids == prefix.max()).int()}, rows(torch.full_like(prefix, -100), responses, -100)
-
-
-def step_flops(text, vision, prefix, responses, patches, train, checkpointing=True):
-    """(model, hardware) FLOPs of one packed step on one study; hardware includes what is computed again in the backward pass.
-
-    text, vision: the two parts of a Qwen2_5_VLConfig; prefix: its tokens; responses: tokens of each with its end token; patches: of
-    the image; train: some of lora | merger | decoder | vision. What LoRA and a training merger add is left out, it is below 1%.
-    """
-    h, kv = text.hidden_size, text.hidden_size // text.num_attention_heads * text.num_key_value_heads
-    weights = text.num_hidden_layers * (2 * h * h + 2 * h * kv + 3 * h * text.intermediate_size)
-    tokens = prefix + sum(n - 1 for n in responses)
-    attended = prefix * (prefix + 1) / 2 + sum((n - 1) * (prefix + n / 2) for n in responses)  # pairs that the mask lets see
-    head = 2 * h * text.vocab_size * sum(responses)
-    decoder = 2 * weights * tokens + 4 * h * text.num_hidden_layers * attended + head
-
-    w, full = vision.hidden_size, len(vision.fullatt_block_indexes)
-    weights = vision.depth * (4 * w * w + 3 * w * vision.intermediate_size) + w * 3 * vision.temporal_patch_size * vision.patch_size ** 2
-    weights += (4 * w) * (4 * w + vision.out_hidden_size) / 4  # the merger takes four patches at a time
-    window = min(patches, (vision.window_size // vision.patch_size) ** 2)
-    tower = 2 * weights * patches + 4 * w * patches * (full * patches + (vision.depth - full) * window)
-
-    # forward 1, gradient of the activations 1, gradient of the weights 1; nothing goes back into a frozen tower
-    model = decoder * (3 if "decoder" in train else 2) + tower * (3 if "vision" in train else 1)
-    again = decoder + tower * ("vision" in train) if checkpointing else head
-    return model, model + again
 
 
 def clock(device):
@@ -291,9 +265,9 @@ def step(args):
             continue
         packed, line, times = results["packed"], report["mode"][mode], {}
         seconds = statistics.median(packed["seconds"])
-        flops = step_flops(config.text_config, config.vision_config, prefix, responses, 4 * high * wide, TRAIN[mode])
+        flops = student.step_flops(config, prefix, responses, 4 * high * wide, TRAIN[mode])
         line["peak_gib"] = packed["memory"] / 2**30
-        for peak in [peak for gpu, peak in PEAK_FLOPS.items() if gpu in packed["gpu"]]:
+        for peak in [peak for gpu, peak in training.PEAK_FLOPS.items() if gpu in packed["gpu"]]:
             line["mfu"], line["hfu"] = (count / seconds / peak for count in flops)
         for name, result in results.items():
             ours = packed["logps"][:len(result["logps"])] if name != "TRL" else [packed["logps"][0], statistics.mean(packed["logps"][1:])]

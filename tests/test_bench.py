@@ -9,6 +9,8 @@ import bench
 import pytest
 from conftest import ROOT
 
+import student
+
 FIELDS = {"time_vs_separate", "time_vs_trl", "memory_vs_separate", "mfu", "hfu", "peak_gib"}
 
 
@@ -67,7 +69,7 @@ def test_step_flops(train, expected):
     n, prefix = spec["responses"], 1104
     pairs = sum(range(1, prefix + 1)) + sum(sum(range(prefix + 1, prefix + m)) for m in n)
     decoder = 2 * 6.525e9 * (prefix + sum(n) - 8) + 4 * 3584 * 28 * pairs + 2 * 0.545e9 * sum(n)
-    model, hardware = bench.step_flops(config.text_config, config.vision_config, prefix, n, 4096, bench.TRAIN[train])
+    model, hardware = student.step_flops(config, prefix, n, 4096, bench.TRAIN[train])
     forward, recomputed, tower = expected
     assert model == pytest.approx(forward * decoder + max(1, tower - 1) * 5.65e12, rel=2e-3)
     assert hardware == pytest.approx(recomputed * decoder + tower * 5.65e12, rel=2e-3)

@@ -10,6 +10,7 @@ from PIL import Image
 
 import data
 import demo
+import demo_world
 import student
 
 
@@ -45,32 +46,32 @@ def test_options_that_make_no_sense_are_refused(tmp_path):
 def answers_of(teachers, count, seed=0):
     """-> grades (count, 5), answers (count, 7, 5), nuisance (count, 6)."""
     rng = np.random.default_rng(seed)
-    grades, nuisance = rng.choice(3, size=(count, 5), p=demo.PRIOR), demo.draw_nuisance(rng, count)
+    grades, nuisance = rng.choice(3, size=(count, 5), p=demo_world.PRIOR), demo_world.draw_nuisance(rng, count)
     return grades, np.stack([teachers.answer(grades[i], nuisance[i], i / count, rng) for i in range(count)]), nuisance
 
 
-@pytest.mark.parametrize("options", [{"world": world} for world in demo.WORLDS] + [{"drift": 3.0, "change": 0.4}, {"drift": 3.0}])
+@pytest.mark.parametrize("options", [{"world": world} for world in demo_world.WORLDS] + [{"drift": 3.0, "change": 0.4}, {"drift": 3.0}])
 def test_teachers_are_as_accurate_as_in_table_2(options):
     n = 2000
-    grades, answers, _ = answers_of(demo.Teachers(3, **options), n)
+    grades, answers, _ = answers_of(demo_world.Teachers(3, **options), n)
     accuracy = (answers == grades[:, None]).mean(0)
-    expected = np.array(list(demo.TABLE2.values()))
+    expected = np.array(list(demo_world.TABLE2.values()))
     # the thresholds of 'nuisance' are themselves estimated on 4,000 films, hence the second term
     deviation = np.sqrt(expected * (1 - expected) * (1 / n + 1 / 4000))
     assert np.all(np.abs(accuracy - expected) < 4.5 * deviation)
 
 
 def test_errors_follow_the_world():
-    grades, answers, nuisance = answers_of(demo.Teachers(0, "nuisance"), 3000)
-    again = demo.Teachers(0, "nuisance").answer(grades[0], nuisance[0], 0.9, np.random.default_rng(99))
+    grades, answers, nuisance = answers_of(demo_world.Teachers(0, "nuisance"), 3000)
+    again = demo_world.Teachers(0, "nuisance").answer(grades[0], nuisance[0], 0.9, np.random.default_rng(99))
     assert np.array_equal(again, answers[0])                      # the film alone decides, no coin is tossed
 
-    grades, answers, _ = answers_of(demo.Teachers(0, "class"), 3000)
+    grades, answers, _ = answers_of(demo_world.Teachers(0, "class"), 3000)
     read_as = lambda u, f, g: np.unique(answers[grades[:, f] == g, u, f])
     sizes = [len(read_as(u, f, g)) for u in range(7) for f in range(5) for g in range(3)]
     assert max(sizes) == 2 and sizes.count(1) > len(sizes) / 2     # at most one grade of a finding is misread in part, the others wholly or never
 
-    grades, answers, _ = answers_of(demo.Teachers(0, "independent"), 3000)
+    grades, answers, _ = answers_of(demo_world.Teachers(0, "independent"), 3000)
     wrong = (answers != grades[:, None]).reshape(len(grades), -1)
     correlation = np.corrcoef(wrong.T) - np.eye(35)
     assert np.abs(correlation).max() < 5 / np.sqrt(3000)
@@ -78,10 +79,10 @@ def test_errors_follow_the_world():
 
 def test_drift_turns_the_blind_spots_gradually_or_at_the_change_point():
     rng = np.random.default_rng(0)
-    films = demo.draw_nuisance(rng, 400)
+    films = demo_world.draw_nuisance(rng, 400)
     at = lambda teachers, when: np.stack([teachers.answer([0] * 5, z, when, rng) for z in films]) > 0
     moved = lambda teachers, a, b: float((at(teachers, a) != at(teachers, b)).mean())
-    still, slow, sudden = demo.Teachers(0), demo.Teachers(0, drift=2.0), demo.Teachers(0, drift=2.0, change=0.5)
+    still, slow, sudden = demo_world.Teachers(0), demo_world.Teachers(0, drift=2.0), demo_world.Teachers(0, drift=2.0, change=0.5)
     assert moved(still, 0, 1) == 0
     assert 0 < moved(slow, 0, 0.25) < moved(slow, 0, 1)
     assert moved(sudden, 0, 0.49) == 0 and moved(sudden, 0.5, 1) == 0
@@ -93,8 +94,8 @@ def test_every_text_is_read_back_exactly(world, task):
     for teacher in demo.TEACHERS:
         for _ in range(150):
             grades = rng.integers(0, 3, 5)
-            text = demo.speak(teacher, demo.named(grades), rng)
-            assert data.read_classes(text, task) == {finding: demo.GRADES[g] for finding, g in zip(demo.FINDINGS, grades)}, text
+            text = demo.speak(teacher, demo_world.named(grades), rng)
+            assert data.read_classes(text, task) == {finding: demo_world.GRADES[g] for finding, g in zip(demo_world.FINDINGS, grades)}, text
 
 
 def test_teachers_can_speak_of_other_findings():
@@ -108,15 +109,15 @@ def test_plurality_of_imagined_reports(task):
     for _ in range(50):
         texts, plurality = demo.imagine(rng, rng.uniform(0.34, 0.95, 5))
         readings = [data.read_classes(text, task) for text in texts.values()]
-        for finding, grade in zip(demo.FINDINGS, plurality):
-            counts = [sum(reading[finding] == name for reading in readings) for name in demo.GRADES]
+        for finding, grade in zip(demo_world.FINDINGS, plurality):
+            counts = [sum(reading[finding] == name for reading in readings) for name in demo_world.GRADES]
             assert counts[grade] == max(counts)
 
 
 def test_records_and_films(world, task, studies):
     assert [sum(study.split == split for study in studies) for split in ("train", "validate", "test")] == [24, 4, 8]
     for study in studies:
-        assert set(study.trajectories) == set(demo.TEACHERS) and set(study.labels) == set(demo.FINDINGS)
+        assert set(study.trajectories) == set(demo.TEACHERS) and set(study.labels) == set(demo_world.FINDINGS)
         with Image.open(world / study.images[0]) as film:
             assert (film.format, film.mode, film.size) == ("PNG", "L", (112, 112))
             pixels = np.asarray(film)
@@ -133,7 +134,7 @@ def test_every_grade_of_every_sign_changes_the_film(finding):
     for grade in range(3):
         grades = [0] * 5
         grades[finding] = grade
-        films.append(demo.draw_film(grades, np.array([0.5, 0.5, 0.5, 0.5, 0.5, 0.0]), np.random.default_rng(0)).astype(float))
+        films.append(demo_world.draw_film(grades, np.array([0.5, 0.5, 0.5, 0.5, 0.5, 0.0]), np.random.default_rng(0)).astype(float))
     for a, b in ((0, 1), (1, 2), (0, 2)):                          # noise has a standard deviation of about 4 grey levels
         assert (np.abs(films[a] - films[b]) > 20).sum() > 20
 

@@ -113,7 +113,9 @@ def responses(model, encoder, examples, seeds=SEEDS, temperature=1.0, top_p=1.0,
 
 def test_a_response_ends_with_its_only_end_token_or_is_marked_as_cut(speaker, encoder, examples):
     out = responses(speaker, encoder, examples * 4, [f"{i}" for i in range(24)])
-    assert {finish for _, finish in out} == {"stop", "length"}
+    assert "stop" in {finish for _, finish in out}
+    (cut,) = [pair for pair, (ids, _) in zip(student.sample(speaker, encoder, examples[:1], ["0"], max_new_tokens=1), out) if len(ids) > 1]
+    assert cut[1] == "length" and len(cut[0]) == 1
     for ids, finish in out:
         if finish == "stop":
             assert ids[-1] == encoder.end and ids.count(encoder.end) == 1 and len(ids) <= 24
