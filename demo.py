@@ -35,7 +35,7 @@ from demo_world import PRIOR, SIZE, TASK, TEACHERS, WORLDS, draw_film, draw_nuis
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 BASE = Path(__file__).with_name("demo_base.safetensors")
-BASE_SHA256 = "aafe74343b4f66c379dea7d071be3de5ff64faa5043c1dd0d96986f140e2f9ae"
+BASE_SHA256 = "1d2afc0443b47dc39e35423afce3b4a87634f646942c971f2301a7e76ad83823"
 
 
 def build_student(seed, texts, vocabulary=700, vision_layers=2, vision_width=64, layers=3, width=96, heads=4, kv_heads=2,

@@ -35,7 +35,7 @@ import training
 PRESETS = {
     "paper": dict(train="lora", lora_r=8, lora_alpha=32, lora_dropout=0.1, learning_rate=1e-4, warmup_steps=20, global_batch=4),
     "released": dict(train="lora", lora_r=8, lora_alpha=32, lora_dropout=0.05, learning_rate=1e-4, warmup_steps=20, global_batch=4),
-    "demo": dict(train="decoder,merger,vision", learning_rate=1e-3, warmup_steps=20, num_epochs=5, global_batch=16, micro_batch=0,
+    "demo": dict(train="decoder,merger", learning_rate=2e-3, warmup_steps=20, num_epochs=5, global_batch=16, micro_batch=0,
                  trajectories_per_study=4, replay_rows=3, gradient_checkpointing=False),
 }
 
