@@ -41,7 +41,7 @@ BASE_SHA256 = "1d2afc0443b47dc39e35423afce3b4a87634f646942c971f2301a7e76ad83823"
 def build_student(seed, texts, vocabulary=700, vision_layers=2, vision_width=64, layers=3, width=96, heads=4, kv_heads=2,
                   initializer_range=0.15, rope_theta=1e6):
     """A random student of the real class. Sizes in layers, units and heads; 0.66 M parameters as they stand; with Qwen's own
-    initializer_range of 0.02 a model this small learns to read its context far slower. texts: strings that the byte-level BPE tokenizer is trained on.
+    initializer_range of 0.02 a model this small learns to read its context far slower. texts: what the byte-level BPE is trained on.
     Returns (Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer).
     """
     blank = Qwen2Tokenizer(eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=list(SPECIAL_TOKENS))
@@ -146,7 +146,8 @@ def train_base(file, films=1500, steps=1400, seed=0):
             return row(rng.integers(films), prompt, [neutral(plurality)] * (step < alone) + voices * (step >= voiced))
 
         for step in tqdm(range(steps), desc="base"):
-            rate = 2e-3 * min(1, (step + 1) / 30, 0.5 * (1 + math.cos(math.pi * max(0.0, 2 * step / steps - 1))) + 1e-3)  # the second half is a cosine
+            cosine = 0.5 * (1 + math.cos(math.pi * max(0.0, 2 * step / steps - 1)))  # over the second half
+            rate = 2e-3 * min(1, (step + 1) / 30, cosine + 1e-3)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             batches = [student.pack([reading(step) for _ in range(12 if step < voiced else 9)], model),

@@ -181,7 +181,7 @@ class Teachers:
                     self.misread[u, f, grade] = min(PRIOR[grade], left) / PRIOR[grade]
                     left -= min(PRIOR[grade], left)
 
-    @functools.lru_cache(maxsize=2)
+    @functools.lru_cache(maxsize=2)  # noqa: B019  a world has one Teachers, for as long as the process runs
     def blind_spots(self, angle):
         """-> directions (7, 5, 6) and thresholds (7, 5): a teacher errs where direction @ (nuisance - 0.5) exceeds the threshold."""
         directions = np.cos(angle) * self.directions[0] + np.sin(angle) * self.directions[1]

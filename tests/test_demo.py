@@ -185,3 +185,11 @@ def test_packing_a_student_keeps_it(base, tmp_path):
 def test_the_command_line_makes_a_world(script, tmp_path):
     script("demo.py", "make", "--out", tmp_path, "--train", 2, "--validate", 1, "--test", 1, "--replay", 2, "--world", "class")
     assert len(list((tmp_path / "films").iterdir())) == 4 and (tmp_path / "studies.jsonl").is_file()
+
+
+def test_the_base_is_trained_and_packed_in_one_command(tmp_path):
+    digest = demo.train_base(tmp_path / "base.safetensors", films=16, steps=6)
+    demo.write_student(tmp_path / "student", tmp_path / "base.safetensors", digest)
+    model = student.load(tmp_path / "student")
+    assert all(torch.isfinite(p).all() for p in model.parameters())
+    assert sum(p.numel() for p in model.parameters()) == pytest.approx(0.66e6, rel=0.08)

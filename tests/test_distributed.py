@@ -32,10 +32,10 @@ def lines(folder):
 
 @pytest.fixture(scope="module")
 def positives(tmp_path_factory, world, task, studies):
-    """t+ for the training studies without a sampler: each study's vote in a teacher's words."""
+    """t+ without a sampler, a teacher's text and a word; for 23 of the 24 training studies, so that ranks and batches come out uneven."""
     folder = tmp_path_factory.mktemp("positives")
     with open(folder / "positives.jsonl", "w") as file:
-        for i, study in enumerate(s for s in studies if s.split == "train"):
+        for i, study in enumerate([s for s in studies if s.split == "train"][1:]):
             text = list(study.trajectories.values())[i % 7]
             file.write(json.dumps({"id": study.id, "t_plus": text + " overall."}) + "\n")
     return folder / "positives.jsonl"
