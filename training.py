@@ -6,6 +6,7 @@ micro-batch, rank), the learning rate is computed from the step. So a run that w
 
 import argparse
 import contextlib
+import gc
 import hashlib
 import math
 import os
@@ -37,8 +38,14 @@ def init():
 
 
 def close():
+    """Leaves the process group. The cycles of DDP and the sharding optimiser go first: what they still hold of the group when the
+    interpreter ends makes a finished gloo run abort now and then."""
+    gc.collect()
     if dist.is_initialized():
+        if sys.exc_info()[0] is None:
+            dist.barrier()
         dist.destroy_process_group()
+    gc.collect()
 
 
 def rank():

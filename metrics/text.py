@@ -1,0 +1,196 @@
+"""BLEU, ROUGE-L and CIDEr as pycocoevalcap 1.2 computes them, and R2Gen's cleaning of reports. Standard library only.
+
+    hypotheses = {"s1": ["heart size is normal ."]}                                one text an item
+    references = {"s1": ["the heart is normal in size .", "normal heart size ."]}  one or more
+    bleu(hypotheses, references)  ->  Score(corpus=(.8, .76, .65, .40), items={"s1": (.8, .76, .65, .40)})
+
+A score is of texts that were cleaned before, and the cleaning decides more than most models do: report it with the score. Texts are
+split at blanks, nothing is lower-cased or tokenised here. Written from the formulas and by comparing with the running package.
+"""
+
+import math
+import re
+from collections import Counter
+from typing import NamedTuple
+
+ORDER = 4  # longest n-gram of BLEU and CIDEr
+
+
+class Score(NamedTuple):
+    """`corpus`: one number, a tuple of four for BLEU. `items`: {id: the same for one item}."""
+
+    corpus: float
+    items: dict
+
+
+def check(hypotheses, references):
+    """ValueError unless both have the same ids, each with one hypothesis and at least one reference, all strings."""
+    if not hypotheses and not references:
+        raise ValueError("empty input")
+    for name, some, others in (("reference", hypotheses, references), ("hypothesis", references, hypotheses)):
+        missing = [key for key in some if key not in others]
+        if missing:
+            raise ValueError(f"{len(missing)} ids without {name}, the first is {missing[0]!r}")
+    for key in hypotheses:
+        for name, texts in (("hypothesis", hypotheses[key]), ("references", references[key])):
+            if not isinstance(texts, list | tuple) or not all(isinstance(text, str) for text in texts):
+                raise ValueError(f"{key!r}: the {name} must be a list of strings")
+        if len(hypotheses[key]) != 1:
+            raise ValueError(f"{key!r} has {len(hypotheses[key])} hypotheses instead of one")
+        if not references[key]:
+            raise ValueError(f"{key!r} has no reference")
+
+
+def _ngrams(tokens, n):
+    return Counter(zip(*(tokens[i:] for i in range(n))))
+
+
+def bleu(hypotheses, references):
+    """BLEU-1 .. BLEU-4 (Papineni et al. 2002), brevity penalty with the closest reference length.
+
+    BLEU-n = BP (p_1 ... p_n)^(1/n) with p_k = (hits_k + 1e-15) / (guesses_k + 1e-9): the hypothesis' k-grams, each counted at most as
+    often as in the reference that has it most often, over all its k-grams. BP = exp(1 - 1 / ratio) if ratio < 1, else 1, with
+    ratio = (h + 1e-15) / (r + 1e-9), h words of the hypothesis, r those of the reference nearest in length (of two, the shorter). The
+    corpus score has the sums over the items in these formulas, it is not the mean.
+
+    Args:
+        hypotheses: {id: [text]}
+        references: {id: [text, ...]}, the same ids
+
+    Returns:
+        Score of (BLEU-1, .., BLEU-4). Equals pycocoevalcap's Bleu(4), option 'closest', within 1e-9. O(number of words).
+
+    Raises:
+        ValueError: what `check` raises.
+    """
+    check(hypotheses, references)
+    items, total = {}, [0] * (2 * ORDER + 2)
+    for key, (hypothesis,) in hypotheses.items():
+        tokens, others = hypothesis.split(), [reference.split() for reference in references[key]]
+        hits = []
+        for n in range(1, ORDER + 1):
+            most = Counter()
+            for other in others:
+                most |= _ngrams(other, n)
+            hits.append((_ngrams(tokens, n) & most).total())
+        guesses = [max(0, len(tokens) - n) for n in range(ORDER)]
+        nearest = min((abs(len(other) - len(tokens)), len(other)) for other in others)[1]
+        counts = [*hits, *guesses, len(tokens), nearest]
+        items[key] = _bleu(counts)
+        total = [a + b for a, b in zip(total, counts)]
+    return Score(_bleu(total), items)
+
+
+def _bleu(counts):
+    *counts, length, nearest = counts
+    ratio = (length + 1e-15) / (nearest + 1e-9)
+    penalty = math.exp(min(0, 1 - 1 / ratio))
+    scores, product = [], 1
+    for n, (hits, guesses) in enumerate(zip(counts[:ORDER], counts[ORDER:]), 1):
+        product *= (hits + 1e-15) / (guesses + 1e-9)
+        scores.append(penalty * product ** (1 / n))
+    return tuple(scores)
+
+
+def rouge_l(hypotheses, references):
+    """ROUGE-L (Lin 2004): F-measure of the longest common subsequence, recall weighing more.
+
+    F = (1 + b^2) P R / (R + b^2 P), b = 1.2, P = max lcs(h, r) / |h|, R = max lcs(h, r) / |r|, each maximum by itself over the references;
+    0 if nothing is common. Texts are split at each single blank, so two blanks in a row make an empty word. Corpus: mean over items.
+
+    Args:
+        hypotheses: {id: [text]}
+        references: {id: [text, ...]}, the same ids
+
+    Returns:
+        Score. Equals pycocoevalcap's Rouge within 1e-9. O(|h| |r|) for a pair.
+
+    Raises:
+        ValueError: what `check` raises.
+    """
+    check(hypotheses, references)
+    items = {}
+    for key, (hypothesis,) in hypotheses.items():
+        tokens, precision, recall = hypothesis.split(" "), 0, 0
+        for reference in references[key]:
+            other = reference.split(" ")
+            common = _lcs(tokens, other)
+            precision, recall = max(precision, common / len(tokens)), max(recall, common / len(other))
+        items[key] = (1 + 1.2 ** 2) * precision * recall / (recall + 1.2 ** 2 * precision) if precision else 0.0
+    return Score(math.fsum(items.values()) / len(items), items)
+
+
+def _lcs(first, second):
+    """Length of the longest common subsequence; row[j] is that of the words of `first` so far and second[:j]."""
+    row = [0] * (len(second) + 1)
+    for word in first:
+        diagonal = 0
+        for j, other in enumerate(second, 1):
+            above = row[j]
+            row[j] = diagonal + 1 if word == other else max(above, row[j - 1])
+            diagonal = above
+    return row[-1]
+
+
+def cider(hypotheses, references):
+    """CIDEr-D (Vedantam et al. 2015), n = 4, sigma = 6, document frequencies from the references of this corpus.
+
+    For each n the vectors g_n(text) hold count * idf of every n-gram, idf = log N - log max(1, df), N items, df of them with the n-gram in
+    a reference. CIDEr = 10 * mean over n and over the references r of
+    sum(min(g_n(h), g_n(r)) * g_n(r)) / (|g_n(h)| |g_n(r)|) * exp(-d^2 / (2 * 6^2)), d the difference in the number of bigrams.
+    Corpus: mean over items. Since idf comes from the corpus, an item's score depends on the others, and a corpus of one item scores 0.
+
+    Args:
+        hypotheses: {id: [text]}
+        references: {id: [text, ...]}, the same ids
+
+    Returns:
+        Score. Equals pycocoevalcap's Cider within 1e-9. O(number of words).
+
+    Raises:
+        ValueError: what `check` raises.
+    """
+    check(hypotheses, references)
+    counts = lambda text: [_ngrams(text.split(), n) for n in range(1, ORDER + 1)]
+    found = {key: [counts(reference) for reference in references[key]] for key in references}
+    frequency = Counter()
+    for of_item in found.values():
+        frequency.update({ngram for of_reference in of_item for of_order in of_reference for ngram in of_order})
+
+    def vectors(of_text):
+        weighted = [{ngram: count * (math.log(len(found)) - math.log(max(1, frequency[ngram]))) for ngram, count in of_order.items()}
+                    for of_order in of_text]
+        return [(vector, math.hypot(*vector.values())) for vector in weighted], of_text[1].total()
+
+    items = {}
+    for key, (hypothesis,) in hypotheses.items():
+        of_hypothesis, bigrams = vectors(counts(hypothesis))
+        total = 0
+        for of_reference, other_bigrams in map(vectors, found[key]):
+            gauss = math.exp(-(bigrams - other_bigrams) ** 2 / (2 * 6 ** 2))
+            for (h, h_norm), (r, r_norm) in zip(of_hypothesis, of_reference):
+                if h_norm and r_norm:
+                    total += gauss * sum(min(value, r[ngram]) * r[ngram] for ngram, value in h.items() if ngram in r) / (h_norm * r_norm)
+        items[key] = 10 * total / ORDER / len(found[key])
+    return Score(math.fsum(items.values()) / len(items), items)
+
+
+def clean_r2gen(report):
+    """A report as R2Gen (Chen et al. 2020, cuhksz-nlp/R2Gen) scores it: `clean_report_mimic_cxr`, then words joined by single blanks.
+
+    Line ends become blanks, repeated '_', ' ' and '.' are halved a fixed number of times, list numbers 1. to 5. are removed, all is
+    lower-cased and cut at '. '; in each sentence " / \\ ' and . , ? ; * ! % ^ & _ + ( ) : < = > @ [ ] { } are dropped, '-' and '#' stay;
+    sentences are joined by ' . '. An empty sentence stays, as ' . .'. What R2Gen does besides is left out: it cuts references at 99
+    words and turns words seen fewer than 10 times in training into <unk>. Equals its output on its tokenizer's words. O(length).
+    """
+    report = report.replace("\n", " ")
+    for repeated, times in (("_", 7), (" ", 6), (".", 8)):
+        for _ in range(times):
+            report = report.replace(2 * repeated, repeated)
+    report = report.replace("1. ", "")
+    for before in (". ", " "):
+        for number in "2345":
+            report = report.replace(f"{before}{number}. ", ". ")
+    sentences = report.strip().lower().split(". ")
+    cleaned = " . ".join(re.sub(r"""["/\\'.,?;*!%^&_+(){}\]:-\[]""", "", sentence) for sentence in sentences) + " ."
+    return " ".join(cleaned.split())
