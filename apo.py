@@ -133,8 +133,8 @@ def run(args):
         studies, dropped = data.drop_refusals(studies, task)
     studies = [study for study in studies if study.trajectories]
     encoder = data.Encoder(args.student, task, args.images, args.max_pixels, args.max_tokens)
-    studies, long, tokens = data.fit(encoder, studies, lambda s: data.student_prompt(s, task, args.prompt),
-                                     lambda s: [s.t_plus, *s.trajectories.values()], args.max_tokens, args.truncate)
+    studies, long, tokens = training.fit(encoder, studies, lambda s: data.student_prompt(s, task, args.prompt),
+                                         lambda s: [s.t_plus, *s.trajectories.values()], args.max_tokens, args.truncate)
     checkpoint.report_long(args, long)
     plan = training.Plan(len(studies), args)
     weights = teacher_weights(args.teacher_weights, names)

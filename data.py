@@ -367,7 +367,7 @@ def load_image(path, root):
 class Encoder:
     """Turns a study into tensors. Needs a student's folder or hub id for its tokenizer and image processor only; the prompt is
     built here, since AutoProcessor wants torchvision. max_pixels bounds an image (28 x 28 pixels make one token), max_tokens a study's
-    packed row: what is longer loses the ends of its longest responses (`fit` says beforehand which studies that is)."""
+    packed row: what is longer loses the ends of its longest responses (training.fit says beforehand which studies that is)."""
 
     def __init__(self, student, task, images=".", max_pixels=1024 * 28 * 28, max_tokens=None):
         self.task, self.images, self.max_tokens = task, images, max_tokens
@@ -439,20 +439,3 @@ def shares(lengths, budget):
         kept[i] = min(lengths[i], budget // left)
         budget -= kept[i]
     return list(kept.values())
-
-
-def fit(encoder, studies, prompt, responses, max_tokens, truncate):
-    """Which studies fit: prompt(study) and responses(study) give the texts of a packed row of at most max_tokens.
-    -> (studies to use, [{"id", "tokens", "cut"}] of those that do not fit, packed length of each used study). A study that does not
-    fit is left out, or with `truncate` kept and cut, unless its image and prompt alone leave no room for the responses."""
-    kept, long, tokens = [], [], []
-    for study in studies:
-        prefix, lengths = encoder.lengths(study, prompt(study), responses(study))
-        total = prefix + sum(lengths)
-        room = max_tokens - prefix >= 16 * len(lengths)
-        if total > max_tokens:
-            long.append({"id": study.id, "tokens": total, "cut": truncate and room})
-        if total <= max_tokens or truncate and room:
-            kept.append(study)
-            tokens.append(min(total, max_tokens))
-    return kept, long, tokens

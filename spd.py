@@ -76,8 +76,8 @@ def run(args):
     studies = [study for study in studies if study.trajectories]
     replay = data.read_studies(args.replay, task) if args.replay else []
     encoder = data.Encoder(args.student, task, args.images, args.max_pixels, args.max_tokens)
-    studies, long, tokens = data.fit(encoder, studies, lambda s: data.student_prompt(s, task, args.prompt), lambda s: s.trajectories.values(),
-                                     args.max_tokens, args.truncate)
+    studies, long, tokens = training.fit(encoder, studies, lambda s: data.student_prompt(s, task, args.prompt),
+                                         lambda s: s.trajectories.values(), args.max_tokens, args.truncate)
     checkpoint.report_long(args, long)
     plan = training.Plan(len(studies), args)
     training.say(f"learn: {plan}; teachers {', '.join(names)}; {dropped} refusals dropped")

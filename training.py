@@ -185,6 +185,23 @@ def schedule(step, total_steps, peak, minimum, warmup_steps):
     return minimum + 0.5 * (peak - minimum) * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def fit(encoder, studies, prompt, responses, max_tokens, truncate):
+    """Which studies fit: prompt(study) and responses(study) give the texts of a packed row of at most max_tokens.
+    -> (studies to use, [{"id", "tokens", "cut"}] of those that do not fit, packed length of each used study). A study that does not
+    fit is left out, or with `truncate` kept and cut, unless its image and prompt alone leave no room for the responses."""
+    kept, long, tokens = [], [], []
+    for study in studies:
+        prefix, lengths = encoder.lengths(study, prompt(study), responses(study))
+        total = prefix + sum(lengths)
+        room = max_tokens - prefix >= 16 * len(lengths)
+        if total > max_tokens:
+            long.append({"id": study.id, "tokens": total, "cut": truncate and room})
+        if total <= max_tokens or truncate and room:
+            kept.append(study)
+            tokens.append(min(total, max_tokens))
+    return kept, long, tokens
+
+
 class Plan:
     """Which study stands in which micro-batch of which step. An epoch is a permutation from (seed, epoch); a step takes the next
     `global_batch` studies of it, each rank an equal share of them; an epoch's incomplete tail is dropped.

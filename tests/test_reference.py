@@ -96,11 +96,11 @@ def test_a_study_that_does_not_fit_is_reported_left_out_or_cut(base, task, world
     encoder = data.Encoder(base, task, world)
     sizes = [sum(lengths) + prefix for prefix, lengths in (encoder.lengths(s, prompt(s), texts(s)) for s in studies)]
     limit = sorted(sizes)[len(sizes) // 2]
-    kept, long, tokens = data.fit(encoder, studies, prompt, texts, limit, truncate=False)
+    kept, long, tokens = training.fit(encoder, studies, prompt, texts, limit, truncate=False)
     assert [s.id for s in kept] == [s.id for s, n in zip(studies, sizes) if n <= limit] and tokens == [n for n in sizes if n <= limit]
     assert [(row["id"], row["tokens"], row["cut"]) for row in long] == [(s.id, n, False) for s, n in zip(studies, sizes) if n > limit]
 
-    kept, long, tokens = data.fit(encoder, studies, prompt, texts, limit, truncate=True)
+    kept, long, tokens = training.fit(encoder, studies, prompt, texts, limit, truncate=True)
     assert kept == studies and all(row["cut"] for row in long) and max(tokens) == limit
     cutter = data.Encoder(base, task, world, max_tokens=limit)
     for study, size in zip(studies, sizes):
@@ -111,7 +111,7 @@ def test_a_study_that_does_not_fit_is_reported_left_out_or_cut(base, task, world
 
 
 def test_no_room_beside_the_image_is_no_study(encoder, studies, task):
-    kept, long, _ = data.fit(encoder, studies[:1], lambda s: data.student_prompt(s, task), lambda s: s.trajectories.values(), 30, truncate=True)
+    kept, long, _ = training.fit(encoder, studies[:1], lambda s: data.student_prompt(s, task), lambda s: s.trajectories.values(), 30, truncate=True)
     assert kept == [] and long[0]["cut"] is False
 
 
