@@ -27,6 +27,7 @@ import functools
 import gzip
 import importlib.util
 import re
+import sys
 import zipfile
 import zlib
 from dataclasses import dataclass
@@ -352,7 +353,7 @@ class Meteor:
                     if source != last:
                         last, wanted = source, can_occur(source)
                     if wanted and can_occur(target):
-                        paraphrases.setdefault(source[:-1], []).append(target[:-1])
+                        paraphrases.setdefault(source[:-1], []).append(sys.intern(target[:-1]))
         except (EOFError, zlib.error, ValueError, gzip.BadGzipFile) as error:
             raise ValueError(f"{self.table} is damaged: {error}") from None
         return paraphrases
