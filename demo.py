@@ -29,13 +29,13 @@ from tqdm import tqdm
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-from demo_world import PRIOR, SIZE, TASK, TEACHERS, WORLDS, draw_film, draw_nuisance, imagine, make, named, speak, write
+from demo_world import PRIOR, SIZE, TASK, TEACHERS, WORLDS, draw_film, draw_nuisance, imagine, make, named, plurality, speak, write
 
 # ------------------------------------------------------------------------------------------------------ the tiny student
 
 SPECIAL_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
 BASE = Path(__file__).with_name("demo_base.safetensors")
-BASE_SHA256 = "1d2afc0443b47dc39e35423afce3b4a87634f646942c971f2301a7e76ad83823"
+BASE_SHA256 = "b0d29aca089efaa02bb785e929dc2ac94ca4d49f7a34519a4de6baf12db48e94"
 
 
 def build_student(seed, texts, vocabulary=700, vision_layers=2, vision_width=64, layers=3, width=96, heads=4, kv_heads=2,
@@ -104,21 +104,24 @@ def caption(grades):
     return "shapes: " + ", ".join(f"{sign} {amounts[g]}" for (sign, amounts), g in zip(SIGNS.items(), grades)) + "."
 
 
-def train_base(file, films=1500, steps=1400, seed=0):
+def train_base(file, films=1500, steps=1100, seed=0, consensus=True):
     """Pre-trains the base student and packs it into `file`; about six minutes on one thread.
 
-    Three things side by side: captions of `films` drawn films; 'what do most of them say' over imagined reports, which begin
-    unanimous and few, become seven and noisy, and are answered in a neutral voice, which is learnt fast, then also in the
-    teachers' voices, and at the end in these alone.
+    Two things side by side: captions of `films` drawn films, and reading: reports that no film has to do with, and 'what do most
+    of them say', answered in three of the teachers' voices and until near the end in a neutral one too, which is learnt faster. At first
+    two reports agree and each names the findings in an order of its own, so that only looking a finding up helps; then they become
+    seven, and as noisy as `imagine` makes them. consensus False: the answer is one reader's, drawn at random: a base that can read and
+    repeat, and was never told to compare. Returns the file's sha256.
     """
     import data
     import student
 
     torch.set_num_threads(1)
-    rng, voiced, alone = np.random.default_rng([seed, 99]), steps // 3, int(0.85 * steps)  # where the voices begin, and are alone
+    rng, lookup, ramp, alone = np.random.default_rng([seed, 99]), 250, 150, int(0.85 * steps)  # from `alone` on no neutral answer
     neutral = lambda grades: "overall: " + ", ".join(f"{word} {grade}" for word, grade in named(grades).items()) + "."
     texts = [text for _ in range(400) for text in imagine(rng)[0].values()] + [caption(rng.integers(0, 3, 5)) for _ in range(300)]
-    texts += [*TASK["prompts"].values(), "describe the shapes", "Reader 1: ", "user\n", "assistant\n", neutral([0] * 5)] * 50
+    texts += [neutral([0] * 5)] * 50
+    texts += [*TASK["prompts"].values(), "describe the shapes", "Reader 1: ", "user\n", "assistant\n"] * 50
     with tempfile.TemporaryDirectory() as folder:
         save_student(folder, *build_student(seed, texts))
         write(Path(folder) / "task.json", json.dumps(TASK))
@@ -135,27 +138,25 @@ def train_base(file, films=1500, steps=1400, seed=0):
                     "responses": [encoder.response(text) for text in responses]}
 
         def reading(step):
-            if step < 150:  # two to four readers who agree
-                readers, agreement = 2 + step // 50, 1.0
-            else:           # up to seven, soon as noisy as `imagine` makes them
-                noise = min(1.0, (step - 150) / 80)
-                readers, agreement = 4 + int(3 * noise), None if noise == 1 else rng.uniform(1 - 0.66 * noise, 1, 5)
-            reports, plurality = imagine(rng, agreement, rng.choice(TEACHERS, readers, replace=False))
+            noise = min(1.0, max(0.0, (step - lookup) / ramp))
+            agreement = None if noise == 1 else rng.uniform(1 - 0.66 * noise, 1, 5)
+            readers = rng.choice(TEACHERS, 2 + round(5 * noise), replace=False)
+            reports, answers = imagine(rng, agreement, readers, shuffled=step < lookup)
+            says = plurality(answers) if consensus else answers[rng.integers(len(answers))]
             prompt = data.compare_prompt(data.Study(str(step), (), {}, reports), encoder.task, int(rng.integers(2**31)))
-            voices = [speak(teacher, named(plurality), rng) for teacher in rng.choice(TEACHERS, 3, replace=False)]
-            return row(rng.integers(films), prompt, [neutral(plurality)] * (step < alone) + voices * (step >= voiced))
+            voices = [speak(voice, named(says), rng) for voice in rng.choice(TEACHERS, 3, replace=False)]
+            return row(rng.integers(films), prompt, [neutral(says)] * (step < alone) + voices)
 
         for step in tqdm(range(steps), desc="base"):
             cosine = 0.5 * (1 + math.cos(math.pi * max(0.0, 2 * step / steps - 1)))  # over the second half
-            rate = 2e-3 * min(1, (step + 1) / 30, cosine + 1e-3)
             for group in optimizer.param_groups:
-                group["lr"] = rate
-            batches = [student.pack([reading(step) for _ in range(12 if step < voiced else 9)], model),
+                group["lr"] = 2e-3 * min(1, (step + 1) / 30, cosine + 1e-3)
+            batches = [student.pack([reading(step) for _ in range(10)], model),
                        student.pack([row(i, "describe the shapes", [caption(grades[i])]) for i in rng.integers(0, films, 8)], model)]
             compare, captions = packed(*batches)
             loss = -captions.sum() / batches[1]["tokens"].sum()
-            # while both are there, the neutral answer counts as much as the voices together
-            for part in ([slice(0, 1), slice(1, None)] if voiced <= step < alone else [slice(None)]):
+            # while it is there, the neutral answer counts as much as the voices together
+            for part in ([slice(0, 1), slice(1, None)] if step < alone else [slice(None)]):
                 loss = loss - compare[:, part].sum() / batches[0]["tokens"][:, part].sum()
             optimizer.zero_grad()
             loss.backward()
@@ -235,7 +236,27 @@ def main():
     p.add_argument("--out", required=True, help="folder to write")
     p = commands.add_parser("base", help="train the base student anew; another processor gives other last bits")
     p.add_argument("--out", required=True, help="file to write")
-    args = vars(parser.parse_args())
+    for name, what in (("ladder", "the experiment: every row in both worlds over seeds, to results.json"),
+                       ("beta", "APO at five values of beta on a ladder that stands, to beta.json and beta.svg")):
+        p = commands.add_parser(name, help=what, description=what)
+        p.add_argument("--out", default="runs/ladder", help="folder of the experiment (default: %(default)s)")
+        p.add_argument("--worlds", nargs="+", choices=WORLDS, default=["nuisance", "class"], help="default: %(default)s")
+        p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="default: %(default)s")
+        p.add_argument("--split", choices=("validate", "test"), default="test", help="studies that are scored (default: %(default)s)")
+        p.add_argument("--jobs", type=int, default=2, help="processes, a world and seed each (default: %(default)s)")
+        p.add_argument("--films", type=int, help="of each split, to try the mechanics (default: 800, 200, 200)")
+        p.add_argument("--max_steps", type=int, help="of each training stage, to try the mechanics (default: all)")
+        p.add_argument("--base_steps", type=int, help="of the base that is not taught consensus, to try the mechanics (default: 900)")
+        p.add_argument("--json", action="store_true", help="end with one line of JSON")
+    args = parser.parse_args()
+    if args.command in ("ladder", "beta"):
+        import demo_ladder
+
+        results = getattr(demo_ladder, args.command)(args)
+        if args.json:
+            print(json.dumps(results))
+        return
+    args = vars(args)
     command, out = args.pop("command"), args.pop("out")
     if command == "make":
         make(out, **args)

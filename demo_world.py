@@ -7,7 +7,8 @@ alike; 'independent', each error is a coin of its own.
 What is simplified, on purpose:
 1. Three grades instead of two: with two, a vote of teachers as weak as Table 2's loses to its best member.
 2. Each finding keeps its side of the chest, all teachers name the findings in one order and with the same three grade words; their
-   openings, links, hedges, extras and closings are their own. A student of 0.66 M parameters shall see it and say it.
+   openings, hedges, extras and closings are their own, the grade stands right behind its finding. A student of 0.66 M parameters shall
+   see it, read it and say it.
 """
 
 import functools
@@ -41,22 +42,22 @@ TEACHERS = tuple(TABLE2)
 
 # How each teacher talks. `extras` are remarks on things that nobody asked about and that no label judges; no phrase here may hold a grade word.
 VOICES = {
-    "gpt-5": dict(opening="a systematic review of the film follows:", link=" is ", separator="; ",
-                  hedge="probably ", hedges=0.10, extra=0.6, closing=". clinical correlation is advised.",
+    "gpt-5": dict(opening="a systematic review of the film follows:", separator="; ",
+                  hedge=" probably", hedges=0.10, extra=0.6, closing=". clinical correlation is advised.",
                   extras=("there is also a healed rib fracture", "the mediastinum is widened", "a calcified aorta is seen")),
-    "gemini-2.5": dict(opening="assessment -", link=": ", separator=", ",
-                       hedge="possibly ", hedges=0.15, extra=0.2, closing=".", extras=("degenerative spine changes",)),
-    "sonnet-4": dict(opening="looking at this chest film, i can identify:", link=" appears ", separator=", ",
-                     hedge="likely ", hedges=0.25, extra=0.5, closing=". these are the main features.",
+    "gemini-2.5": dict(opening="assessment -", separator=", ",
+                       hedge=" possibly", hedges=0.15, extra=0.2, closing=".", extras=("degenerative spine changes",)),
+    "sonnet-4": dict(opening="looking at this chest film, i can identify:", separator=", ",
+                     hedge=" likely", hedges=0.25, extra=0.5, closing=". these are the main features.",
                      extras=("loss of volume is suspected", "the hemidiaphragm is elevated")),
-    "qwen-vl-max": dict(opening="findings:", link=" ", separator=". ",
+    "qwen-vl-max": dict(opening="findings:", separator=". ",
                         hedge="", hedges=0.0, extra=0.0, closing=".", extras=()),
-    "grok-4": dict(opening="key points:", link=" = ", separator=" | ",
+    "grok-4": dict(opening="key points:", separator=" | ",
                    hedge="", hedges=0.0, extra=0.0, closing=".", extras=()),
-    "glm-4.5v": dict(opening="the image shows", link=" - ", separator=", ",
-                     hedge="perhaps ", hedges=0.10, extra=0.2, closing=" overall.", extras=("a support device is noted",)),
-    "moonshot": dict(opening="based on the picture provided,", link=" looks ", separator=" and ",
-                     hedge="maybe ", hedges=0.30, extra=0.3, closing=". follow up is suggested.", extras=("old scarring is present",)),
+    "glm-4.5v": dict(opening="the image shows", separator=", ",
+                     hedge=" perhaps", hedges=0.10, extra=0.2, closing=" overall.", extras=("a support device is noted",)),
+    "moonshot": dict(opening="based on the picture provided,", separator=" and ",
+                     hedge=" maybe", hedges=0.30, extra=0.3, closing=". follow up is suggested.", extras=("old scarring is present",)),
 }
 
 TASK = {
@@ -216,7 +217,7 @@ def speak(teacher, answers, rng):
     parts = []
     for finding, answer in answers.items():
         hedge = voice["hedge"] if rng.random() < voice["hedges"] else ""
-        parts.append(finding + voice["link"] + hedge + answer)
+        parts.append(f"{finding} {answer}{hedge}")
     if rng.random() < voice["extra"]:
         parts.append(voice["extras"][rng.integers(len(voice["extras"]))])
     return f"{voice['opening']} {voice['separator'].join(parts)}{voice['closing']}"
@@ -227,18 +228,27 @@ def named(grades):
     return {word: GRADES[g] for word, g in zip(FINDINGS.values(), grades)}
 
 
-def imagine(rng, agreement=None, teachers=TEACHERS):
+def imagine(rng, agreement=None, teachers=TEACHERS, shuffled=False):
     """Reports about no film at all, and what most of them say: material to read reports on without any ground truth.
 
     agreement in [0, 1]: how often a report repeats the common opinion instead of a random grade. None draws it anew, for each
-    finding, or for each report and finding. Returns {teacher: text} and the plurality, five integers; ties are broken at random.
+    finding, or for each report and finding. shuffled: each report has its own order of findings.
+    Returns {teacher: text} and the answers, (reports, 5) integers, whose plurality is `plurality`.
     """
     if agreement is None:
         agreement = rng.uniform(0.34, 0.95, 5) if rng.random() < 0.4 else rng.random((len(teachers), 5))
     opinion = rng.choice(3, size=5, p=PRIOR)
     answers = np.where(rng.random((len(teachers), 5)) < agreement, opinion, rng.integers(0, 3, (len(teachers), 5)))
-    counts = (answers[..., None] == np.arange(3)).sum(0) + 0.5 * rng.random((5, 3))
-    return {teacher: speak(teacher, named(row), rng) for teacher, row in zip(teachers, answers)}, counts.argmax(1)
+    texts = {}
+    for teacher, row in zip(teachers, answers):
+        said = list(named(row).items())
+        texts[teacher] = speak(teacher, dict(rng.permutation(said).tolist() if shuffled else said), rng)
+    return texts, answers
+
+
+def plurality(answers):
+    """(reports, 5) grades -> (5,): what most reports say; of tied grades the first, as data.vote."""
+    return (answers[..., None] == np.arange(3)).sum(0).argmax(1)
 
 
 # ---- the records
@@ -286,9 +296,9 @@ def make(out, seed=0, world="nuisance", train=800, validate=200, test=200, drift
     rows = []
     for i in range(replay if train else 0):
         rng = np.random.default_rng([seed, 3, i])
-        texts, plurality = imagine(rng)
+        texts, answers = imagine(rng)
         rows.append({"id": f"replay-{i:05d}", "image": studies[rng.integers(train)]["image"], "trajectories": texts,
-                     "t_plus": speak(TEACHERS[rng.integers(len(TEACHERS))], named(plurality), rng)})
+                     "t_plus": speak(TEACHERS[rng.integers(len(TEACHERS))], named(plurality(answers)), rng)})
     write(out / "task.json", json.dumps(TASK, indent=1) + "\n")
     write_jsonl(out / "replay.jsonl", rows)
     write_jsonl(out / "studies.jsonl", studies)                                 # last: whoever sees it finds the rest complete

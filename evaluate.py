@@ -10,6 +10,7 @@ often that was.
 
 import argparse
 import json
+import statistics
 from collections import Counter
 from pathlib import Path
 
@@ -129,6 +130,41 @@ def _greedy(row):
     return row.get("greedy", row)
 
 
+def ladder_table(results):
+    """The results.json of `demo.py ladder` as text: for each world mean and standard deviation over seeds, the paper's Table 5 below,
+    then the paired differences that answer its claims."""
+    cells, lines = results["cells"], []
+    columns = [f for f in TABLE_5_FINDINGS if any(f in score["accuracy"] for cell in cells for score in modes(cell).values())]
+    for world in dict.fromkeys(cell["world"] for cell in cells):
+        seeds = sorted({cell["seed"] for cell in cells if cell["world"] == world})
+        lines += [f"world '{world}', {results['experiment']['split']} split, seeds {', '.join(map(str, seeds))}: accuracy, mean +- sd over seeds",
+                  f"{'':34}" + "".join(f"{SHORT[f]:>7}" for f in columns)
+                  + f"{'greedy':>15}{'voiced':>15}{'sampled':>15}{'unread':>8}{'= vote':>8}"]
+        for row in dict.fromkeys(cell["row"] for cell in cells if cell["world"] == world):
+            of = [modes(cell) for cell in cells if (cell["world"], cell["row"]) == (world, row)]
+            first = "sampled" if "sampled" in of[0] else "given"  # the columns per finding, unread and agreement are this one's
+            mean = lambda value: statistics.mean(value(m[first]) for m in of)
+            line = f"{row:34}" + "".join(f"{mean(lambda s: s['accuracy'][f]):>7.3f}" for f in columns)
+            for mode in ("greedy", "voiced", "sampled"):
+                values = [m[mode if mode in m else "given"]["mean"] for m in of] if mode in of[0] or mode == "greedy" else []
+                spread = statistics.stdev(values) if len(values) > 1 else 0.0
+                line += f"{statistics.mean(values):>8.3f} +-{spread:>4.3f}" if values else f"{'':15}"
+            lines.append(line + f"{mean(lambda s: s['unread']):>8.3f}{mean(lambda s: s['agreement_with_vote']):>8.3f}")
+        lines += [f"{'paper: ' + name:34}" + "".join(f"{x:>7.2f}" for x in figures[:5]) + f"{figures[5]:>8.2f}" for name, figures in TABLE_5.items()]
+        lines.append("")
+        for claim in (c for c in results["claims"] if c["world"] == world):
+            between = "" if claim["low"] is None else f" [{claim['low']:+.3f}, {claim['high']:+.3f}]"
+            paper = "" if claim["paper"] is None else f"   paper {claim['paper']:+.2f}"
+            lines.append(f"  {claim['claim']}{', ' + claim['mode'] if claim['mode'] else ''}: {claim['mean']:+.3f}{between}{paper}")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def modes(cell):
+    """{mode: score} of a cell of the ladder; 'given' where texts or labels are read as they are."""
+    return {mode: cell[mode] for mode in ("greedy", "voiced", "sampled", "given") if mode in cell}
+
+
 def parse(argv=None):
     parser = argparse.ArgumentParser(description="What the paper measures.")
     commands = parser.add_subparsers(dest="command", required=True)
@@ -147,6 +183,9 @@ def parse(argv=None):
     p.add_argument("--seed", type=int, default=0, help="of the sampled answers (default: %(default)s)")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="weights in bf16")
     p.add_argument("--output", help="results.json to write")
+    p.add_argument("--json", action="store_true", help="end with one line of JSON")
+    p = commands.add_parser("ablation", help="the scale model's ladder beside the paper's Table 5")
+    p.add_argument("results", help="results.json of demo.py ladder")
     p.add_argument("--json", action="store_true", help="end with one line of JSON")
     return parser.parse_args(argv)
 
@@ -198,11 +237,23 @@ def run(args):
     return rows
 
 
+def ablation(args):
+    """Prints the ladder. Raises ValueError if the file is none of `demo.py ladder`."""
+    try:
+        results = json.loads(Path(args.results).read_text(encoding="utf-8"))
+        text = ladder_table(results)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(f"{args.results}: not the results.json of demo.py ladder: {error!r}") from None
+    training.say(text)
+    if args.json:
+        training.say(json.dumps(results))
+
+
 def main():
     args = parse()
     training.init()
     try:
-        run(args)
+        ablation(args) if args.command == "ablation" else run(args)
     finally:
         training.close()
 
