@@ -32,7 +32,7 @@ import selfdistill
 import spd
 import student
 import training
-from demo_world import FINDINGS, GRADES, TEACHERS, VOICES, make, named, speak, write_jsonl
+from demo_world import FINDINGS, GRADES, TEACHERS, VOICES, make, speak, write_jsonl
 
 ANSWER = 96                                # tokens at most; the longest report has about 70
 BETAS = (2.0, 1.0, 0.5, 0.25, 0.1)
@@ -48,7 +48,8 @@ ONE, ALL, NO_REPLAY, CONTINUED = "SPD, one teacher", "SPD, all teachers", "SPD, 
 TUNED, LORA, MERGER, FULL = "SPD, all + fine-tuning on t+", "SPD, all + APO (LoRA)", "SPD, all + APO (merger)", "SPD, all + APO (full)"
 SHUFFLED, ORACLE = "APO (LoRA), t+ shuffled", "APO (LoRA), t+ an oracle vote"
 U_T_PLUS, U_ALL, U_APO = "t+ itself, base untaught", "SPD, all, base untaught", "SPD, all + APO, base untaught"
-ROWS = ("label prior", *TEACHERS, BEST, VOTE, T_PLUS, ONE, ALL, NO_REPLAY, CONTINUED, TUNED, LORA, MERGER, FULL, SHUFFLED, ORACLE, U_T_PLUS, U_ALL, U_APO)
+ROWS = ("label prior", *TEACHERS, BEST, VOTE, T_PLUS, ONE, ALL, NO_REPLAY, CONTINUED, TUNED, LORA, MERGER, FULL, SHUFFLED, ORACLE,
+        U_T_PLUS, U_ALL, U_APO)
 
 
 # ------------------------------------------------------------------------------------------------- one world and seed
@@ -76,7 +77,8 @@ def chain(folder, world, seed, options):
         if not (folder / cell / "cell.json").exists():
             start = time.process_time()
             result = student_scores(model, test, task, folder / "world", seed) if model else text_scores(texts, test, task)
-            write_cell(folder / cell, {"world": world, "seed": seed, "row": row, **result, "scored_in_cpu_seconds": time.process_time() - start})
+            seconds = time.process_time() - start
+            write_cell(folder / cell, {"world": world, "seed": seed, "row": row, **result, "scored_in_cpu_seconds": seconds})
 
     def t_plus(cell, row, start):
         """t+ for the studies that are scored, sampled as in stage 2 and greedily."""
@@ -109,10 +111,9 @@ def chain(folder, world, seed, options):
     rng.shuffle(texts)
     shuffled = write_records(folder / "shuffled.jsonl", [{"id": key, "t_plus": text} for key, text in zip(of_study, texts)])
     score("apo_shuffled", SHUFFLED, run(apo, "apo_shuffled", pi_st, positives=shuffled, **CRITIQUE["LoRA"]))
-    said = np.random.default_rng([seed, 5])  # the vote without a reading error, in the teachers' voices, as t+ should be
+    rng = np.random.default_rng([seed, 5])  # the vote without a reading error, in the teachers' voices, as t+ should be
     oracle = write_records(folder / "oracle.jsonl", [
-        {"id": study.id, "t_plus": speak(said.choice(TEACHERS), {FINDINGS[f]: value for f, value in data.vote(study.trajectories, task).items()}, said)}
-        for study in train])
+        {"id": study.id, "t_plus": speak(rng.choice(TEACHERS), in_words(data.vote(study.trajectories, task)), rng)} for study in train])
     score("apo_oracle", ORACLE, run(apo, "apo_oracle", pi_st, positives=oracle, **CRITIQUE["LoRA"]))
 
     pi_st = run(spd, "untaught_spd", untaught)                                                              # a base that was not taught consensus
@@ -120,6 +121,11 @@ def chain(folder, world, seed, options):
     positives = run(selfdistill, "untaught_positives", pi_st)
     t_plus("untaught_t_plus", U_T_PLUS, pi_st)
     score("untaught_apo", U_APO, run(apo, "untaught_apo", pi_st, positives=positives, **CRITIQUE["LoRA"]))
+
+
+def in_words(reading):
+    """{finding: class} -> {its word in a text: class}."""
+    return {FINDINGS[finding]: value for finding, value in reading.items()}
 
 
 def write_cell(folder, record):
@@ -154,7 +160,8 @@ def student_scores(folder, studies, task, images, seed):
     model, result = student.load(folder), {}
     for mode in MODES:
         encoder = (VoicedEncoder if mode == "voiced" else data.Encoder)(folder, task, images)
-        texts = evaluate.answers(model, encoder, studies, task, 1.0 if mode == "sampled" else 0.0, seed, 50, ANSWER, desc=f"{folder.parent.name}, {mode}")
+        temperature = 1.0 if mode == "sampled" else 0.0
+        texts = evaluate.answers(model, encoder, studies, task, temperature, seed, 50, ANSWER, desc=f"{folder.parent.name}, {mode}")
         readings = [data.read_classes(text, task) for text in texts]
         result[mode] = evaluate.score(readings, studies, task)
         if mode == "voiced":
@@ -250,10 +257,14 @@ def claims(cells):
             found.append({"world": world, "claim": claim, "mode": None, "paper": None, **interval([quantities(c)[claim] for c in chains])})
         for claim, a, b, paper in DIFFERENCES:
             for mode in MODES:
-                mean = lambda cell: cell.get(mode, cell.get("given"))["mean"]
-                found.append({"world": world, "claim": claim, "mode": mode, "paper": paper,
-                              **interval([mean(c[a]) - mean(c[b]) for c in chains])})
+                values = [mean_accuracy(c[a], mode) - mean_accuracy(c[b], mode) for c in chains]
+                found.append({"world": world, "claim": claim, "mode": mode, "paper": paper, **interval(values)})
     return found
+
+
+def mean_accuracy(cell, mode):
+    """Of a student's answers in that mode, or of texts that are read as they are."""
+    return cell.get(mode, cell.get("given"))["mean"]
 
 
 # ------------------------------------------------------------------------------------------------ beta as guidance scale
@@ -307,35 +318,40 @@ def grade_texts(study, task):
     return [speak("qwen-vl-max", {**reading, word: grade}, np.random.default_rng(0)) for word in FINDINGS.values() for grade in GRADES]
 
 
+STYLE = ("svg{--ink:#333;--line:#1f6f8b;background:#fff} text{fill:var(--ink)} .axis{stroke:var(--ink);fill:none} "
+         ".mean{stroke:var(--line);fill:none;stroke-width:2} .dash{stroke-dasharray:5 4} circle{fill:var(--line);opacity:.45} "
+         "@media(prefers-color-scheme:dark){svg{--ink:#ddd;--line:#6fc3df;background:#1b1d20}}")
+
+
 def beta_figure(cells):
     """Three panels against 1/beta, a dot for each seed and a line through the means: accuracy (sampled; dashed: predicted), unread
     rate of sampled answers, log pi_theta(t+) - log pi_st(t+). -> SVG text."""
+    return "\n".join([
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 270" role="img" font-family="sans-serif" font-size="12">',
+        f"<title>APO on the scale model against 1/beta</title><style>{STYLE}</style>",
+        *panel(cells, 55, "accuracy, sampled (dashed: predicted)", lambda cell: cell["sampled"]["mean"], lambda cell: cell["predicted"]),
+        *panel(cells, 355, "unread, sampled", lambda cell: cell["sampled"]["unread"]),
+        *panel(cells, 655, "log-ratio of t+, nats", lambda cell: cell["log_ratio_of_t_plus"]), "</svg>"]) + "\n"
+
+
+def panel(cells, left, title, value, dashed=None, width=225, top=35, height=180):
+    """One panel of `beta_figure`, its lower left corner at `left` (pixels): value(cell) as dots and mean line, dashed(cell) as a line."""
     betas = sorted({cell["beta"] for cell in cells}, reverse=True)
-    across = lambda beta: math.log2(betas[0] / beta) / math.log2(betas[0] / betas[-1]) if len(betas) > 1 else 0.5
-    panels = (("accuracy, sampled", lambda c: c["sampled"]["mean"]), ("unread, sampled", lambda c: c["sampled"]["unread"]),
-              ("log-ratio of t+, nats", lambda c: c["log_ratio_of_t_plus"]))
-    out = ['<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 270" role="img" font-family="sans-serif" font-size="12">',
-           "<title>APO on the scale model against 1/beta</title>",
-           "<style>svg{--ink:#333;--line:#1f6f8b;background:#fff} text{fill:var(--ink)} .axis{stroke:var(--ink)} .mean{stroke:var(--line);fill:none;"
-           "stroke-width:2} .dash{stroke-dasharray:5 4} circle{fill:var(--line);opacity:.45} @media(prefers-color-scheme:dark)"
-           "{svg{--ink:#ddd;--line:#6fc3df;background:#1b1d20}}</style>"]
-    for panel, (title, value) in enumerate(panels):
-        left, width, top, height = 55 + 300 * panel, 225, 35, 180
-        values = [value(c) for c in cells] + ([c["predicted"] for c in cells] if panel == 0 else [])
-        low, high = min(values), max(values)
-        low, high = low - 0.05 * (high - low or 1), high + 0.05 * (high - low or 1)
-        x = lambda beta: left + 12 + (width - 24) * across(beta)
-        y = lambda v: top + height * (high - v) / (high - low)
-        line = lambda f: " ".join(f"{x(b):.1f},{y(statistics.mean(f(c) for c in cells if c['beta'] == b)):.1f}" for b in betas)
-        out.append(f'<text x="{left}" y="20" font-weight="bold">{title}</text><path class="axis" fill="none" d="M{left} {top}V{top + height}H{left + width}"/>')
-        out += [f'<text x="{x(b):.1f}" y="{top + height + 18}" text-anchor="middle">{1 / b:g}</text>' for b in betas]
-        out += [f'<text x="{left - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.2f}</text>' for v in (low, (low + high) / 2, high)]
-        out.append(f'<text x="{left + width / 2}" y="{top + height + 38}" text-anchor="middle">1/beta</text>')
-        out += [f'<circle cx="{x(c["beta"]):.1f}" cy="{y(value(c)):.1f}" r="3.5"/>' for c in cells]
-        out.append(f'<polyline class="mean" points="{line(value)}"/>')
-        if panel == 0:
-            out.append(f'<polyline class="mean dash" points="{line(lambda c: c["predicted"])}"/>')
-    return "\n".join([*out, "</svg>"]) + "\n"
+    values = [f(cell) for cell in cells for f in (value, dashed) if f]
+    margin = 0.05 * (max(values) - min(values) or 1)
+    low, high = min(values) - margin, max(values) + margin
+    steps = math.log2(betas[0] / betas[-1]) or 1
+    x = lambda beta: left + 12 + (width - 24) * math.log2(betas[0] / beta) / steps
+    y = lambda v: top + height * (high - v) / (high - low)
+    mean = lambda f, beta: statistics.mean(f(cell) for cell in cells if cell["beta"] == beta)
+    line = lambda f: " ".join(f"{x(beta):.1f},{y(mean(f, beta)):.1f}" for beta in betas)
+    return [f'<text x="{left}" y="20" font-weight="bold">{title}</text><path class="axis" d="M{left} {top}V{top + height}H{left + width}"/>',
+            *(f'<text x="{x(beta):.1f}" y="{top + height + 18}" text-anchor="middle">{1 / beta:g}</text>' for beta in betas),
+            *(f'<text x="{left - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.2f}</text>' for v in (low, (low + high) / 2, high)),
+            f'<text x="{left + width / 2}" y="{top + height + 38}" text-anchor="middle">1/beta</text>',
+            *(f'<circle cx="{x(cell["beta"]):.1f}" cy="{y(value(cell)):.1f}" r="3.5"/>' for cell in cells),
+            f'<polyline class="mean" points="{line(value)}"/>',
+            *([f'<polyline class="mean dash" points="{line(dashed)}"/>'] if dashed else [])]
 
 
 # ------------------------------------------------------------------------------------------------------------ running
@@ -416,12 +432,13 @@ def beta(args):
 
 def beta_table(cells):
     """Means over worlds and seeds, one line for each beta."""
-    lines = [f"{'1/beta':>8}{'slope':>8}{'predicted':>11}{'seen':>8}{'sampled':>9}{'voiced':>8}{'greedy':>8}{'unread':>8}{'log-ratio of t+':>17}"]
+    columns = {"slope": lambda c: c["slope"], "predicted": lambda c: c["predicted"], "seen": lambda c: c["seen"],
+               **{mode: lambda c, mode=mode: c[mode]["mean"] for mode in MODES},
+               "unread": lambda c: c["sampled"]["unread"], "nats of t+": lambda c: c["log_ratio_of_t_plus"]}
+    lines = [f"{'1/beta':>8}" + "".join(f"{name:>12}" for name in columns)]
     for value in sorted({cell["beta"] for cell in cells}, reverse=True):
-        mean = lambda f: statistics.mean(f(cell) for cell in cells if cell["beta"] == value)
-        lines.append(f"{1 / value:>8.2f}{mean(lambda c: c['slope']):>8.2f}{mean(lambda c: c['predicted']):>11.3f}{mean(lambda c: c['seen']):>8.3f}"
-                     + "".join(f"{mean(lambda c: c[mode]['mean']):>{w}.3f}" for mode, w in zip(MODES, (9, 8, 8)))
-                     + f"{mean(lambda c: c['sampled']['unread']):>8.3f}{mean(lambda c: c['log_ratio_of_t_plus']):>17.2f}")
+        of = [cell for cell in cells if cell["beta"] == value]
+        lines.append(f"{1 / value:>8.2f}" + "".join(f"{statistics.mean(map(f, of)):>12.3f}" for f in columns.values()))
     return "\n".join(lines)
 
 

@@ -141,15 +141,7 @@ def ladder_table(results):
                   f"{'':34}" + "".join(f"{SHORT[f]:>7}" for f in columns)
                   + f"{'greedy':>15}{'voiced':>15}{'sampled':>15}{'unread':>8}{'= vote':>8}"]
         for row in dict.fromkeys(cell["row"] for cell in cells if cell["world"] == world):
-            of = [modes(cell) for cell in cells if (cell["world"], cell["row"]) == (world, row)]
-            first = "sampled" if "sampled" in of[0] else "given"  # the columns per finding, unread and agreement are this one's
-            mean = lambda value: statistics.mean(value(m[first]) for m in of)
-            line = f"{row:34}" + "".join(f"{mean(lambda s: s['accuracy'][f]):>7.3f}" for f in columns)
-            for mode in ("greedy", "voiced", "sampled"):
-                values = [m[mode if mode in m else "given"]["mean"] for m in of] if mode in of[0] or mode == "greedy" else []
-                spread = statistics.stdev(values) if len(values) > 1 else 0.0
-                line += f"{statistics.mean(values):>8.3f} +-{spread:>4.3f}" if values else f"{'':15}"
-            lines.append(line + f"{mean(lambda s: s['unread']):>8.3f}{mean(lambda s: s['agreement_with_vote']):>8.3f}")
+            lines.append(ladder_row(row, [modes(cell) for cell in cells if (cell["world"], cell["row"]) == (world, row)], columns))
         lines += [f"{'paper: ' + name:34}" + "".join(f"{x:>7.2f}" for x in figures[:5]) + f"{figures[5]:>8.2f}" for name, figures in TABLE_5.items()]
         lines.append("")
         for claim in (c for c in results["claims"] if c["world"] == world):
@@ -158,6 +150,17 @@ def ladder_table(results):
             lines.append(f"  {claim['claim']}{', ' + claim['mode'] if claim['mode'] else ''}: {claim['mean']:+.3f}{between}{paper}")
         lines.append("")
     return "\n".join(lines)
+
+
+def ladder_row(row, seeds, columns):
+    """seeds: {mode: score} of each. Findings, unread and agreement are of the sampled answers, or of texts read as they are."""
+    first = [of.get("sampled", of.get("given")) for of in seeds]
+    line = f"{row:34}" + "".join(f"{statistics.mean(score['accuracy'][f] for score in first):>7.3f}" for f in columns)
+    for mode in ("greedy", "voiced", "sampled"):
+        values = [of[mode]["mean"] for of in seeds if mode in of] or [of["given"]["mean"] for of in seeds if mode == "greedy" and "given" in of]
+        spread = statistics.stdev(values) if len(values) > 1 else 0.0
+        line += f"{statistics.mean(values):>8.3f} +-{spread:>4.3f}" if values else f"{'':15}"
+    return line + "".join(f"{statistics.mean(score[key] for score in first):>8.3f}" for key in ("unread", "agreement_with_vote"))
 
 
 def modes(cell):
