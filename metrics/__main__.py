@@ -1,0 +1,97 @@
+"""Scores of reports against references: BLEU-1..4, METEOR, ROUGE-L, CIDEr, with the names that pycocoevalcap gives them.
+
+    python -m metrics hypotheses.txt references.txt        one text a line, line i against line i
+    python -m metrics hypotheses.json references.json      {id: [text]} and {id: [text, ...]}
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+from .meteor import Meteor
+from .text import bleu, check, cider, clean_r2gen, rouge_l
+
+CLEANING = {"none": ("texts as they are", lambda text: text),
+            "r2gen": ("R2Gen's cleaning, without its cut at 99 words and its <unk>", clean_r2gen)}
+
+
+def read(path):
+    """{id: [text, ...]} of a .json file, {line number: [line]} of any other. ValueError names the file and what is wrong with it."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = error.object[:error.start].count(b"\n") + 1
+        raise ValueError(f"{path}:{line}: not UTF-8 (byte {error.object[error.start]:#04x})") from None
+    if not text.strip():
+        raise ValueError(f"{path}: empty")
+    if path.suffix != ".json":
+        return {number: [line] for number, line in enumerate(text.removesuffix("\n").split("\n"), 1)}
+
+    def unique(pairs):
+        if len(items := dict(pairs)) < len(pairs):
+            raise ValueError("an id stands there twice")
+        return items
+
+    try:
+        items = json.loads(text, object_pairs_hook=unique)
+    except ValueError as error:
+        raise ValueError(f"{path}: not JSON of the form {{id: [texts]}}: {error}") from None
+    if not isinstance(items, dict) or not items:
+        raise ValueError(f"{path}: not JSON of the form {{id: [texts]}}")
+    return items
+
+
+def read_both(hypotheses, references):
+    """The two files as `bleu` and the others take them; ValueError if they do not belong together."""
+    if (hypotheses.suffix == ".json") != (references.suffix == ".json"):
+        raise ValueError(f"{hypotheses} and {references}: either both are .json or both are text")
+    ours, theirs = read(hypotheses), read(references)
+    if hypotheses.suffix != ".json" and len(ours) != len(theirs):
+        raise ValueError(f"{hypotheses} has {len(ours)} lines, {references} has {len(theirs)}")
+    check(ours, theirs)
+    return ours, theirs
+
+
+def score(args):
+    """Prints the table and returns {name: value}; METEOR is None if its files are missing and no folder was named."""
+    hypotheses, references = read_both(args.hypotheses, args.references)
+    meteor = refusal = None
+    try:
+        meteor = Meteor(args.meteor)
+    except FileNotFoundError as error:
+        if args.meteor:
+            raise
+        refusal = error
+    description, clean = CLEANING[args.clean]
+    hypotheses, references = ({key: [clean(text) for text in texts] for key, texts in items.items()} for items in (hypotheses, references))
+    values = {f"Bleu_{n}": value for n, value in enumerate(bleu(hypotheses, references).corpus, 1)}
+    values["METEOR"] = meteor and meteor.score(hypotheses, references).corpus
+    values["ROUGE_L"] = rouge_l(hypotheses, references).corpus
+    values["CIDEr"] = cider(hypotheses, references).corpus
+
+    print(f"{len(hypotheses)} items, {sum(map(len, references.values()))} references; {description}\n")
+    for name, value in values.items():
+        print(f"{name:8}", "not computed" if value is None else f"{value:.4f}")
+    if refusal:
+        print(f"\n{refusal}")
+    return values
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="python -m metrics", description="BLEU, METEOR, ROUGE-L and CIDEr of reports against references.")
+    parser.add_argument("hypotheses", type=Path, help="text, one hypothesis a line, or .json, {id: [text]}")
+    parser.add_argument("references", type=Path, help="text, one reference a line, or .json, {id: [text, ...]}, the same ids")
+    parser.add_argument("--clean", choices=CLEANING, default="r2gen", help="what is done to all texts first (default: r2gen)")
+    parser.add_argument("--meteor", metavar="FOLDER", help="folder with METEOR's jar and data/ (default: the installed pycocoevalcap's)")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    args = parser.parse_args()
+    try:
+        values = score(args)
+    except (OSError, ValueError) as error:
+        raise SystemExit(f"error: {error}") from None
+    if args.json:
+        print(json.dumps(values))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""Speed of metrics/text.py and metrics/meteor.py beside the oracles, on one core.
+
+    python tests/bench_metrics.py [--json]
+
+BLEU, ROUGE-L and CIDEr score random reports of 60 tokens beside pycocoevalcap. METEOR reads its table for them in a process of its own,
+whose growth in memory is measured, and scores pairs of 45 tokens beside meteor-1.5.jar, both after loading. What is not installed (the
+package, its files, Java) is left out and said. --json ends with {"text_s", "text_oracle_s", "meteor_table_s", "meteor_table_mb",
+"meteor_pair_ms", "meteor_pair_slowest_ms", "meteor_jar_pair_ms"}, null where not measured; a pair's time is the median.
+"""
+
+import argparse
+import contextlib
+import io
+import json
+import multiprocessing
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from metrics.meteor import JAR, Meteor, find_folder  # noqa: E402
+from metrics.text import bleu, cider, rouge_l  # noqa: E402
+
+SENTENCES = """\
+{The|} heart {size|} {is|remains|appears} {normal|mildly enlarged|moderately increased|within normal limits|stable}.
+{Cardiac|Cardiomediastinal|The cardiomediastinal} {silhouette|contours} {is|are} {unremarkable|unchanged|enlarged|stable in appearance}.
+{There is|There's|One sees} {a|no} {small|large|moderate-sized|tiny} {left|right|bilateral} {pleural effusion|effusions}.
+{No|There is no} {evidence of|} {pneumothorax|consolidation|pulmonary edema|acute process} {is seen|was identified|is noted|}.
+{Increased|Increasing|Worsening|New} {bibasilar|left-lower-lobe|right upper lobe} {opacity|opacities} {may represent|suggest|are concerning for} \
+{pneumonia|atelectasis|aspiration}.
+{Compared with|In comparison to} the {previous|prior|earlier} {study|examination|radiograph} of {3/14/2019|Nov. 2|No. 5|yesterday}, \
+{little has changed|there has been little change|the findings are similar}.
+{The|An} {endotracheal tube|ET tube|right-sided PICC line|nasogastric tube} {ends|terminates|tip is} {2.5 cm|3-4 cm|½ inch} above the carina.
+{Degenerative changes|Mild degeneration} of the {spine|thoracic spine, e.g. T5-T6,} {is|are} {noted|demonstrated|again seen}.
+{Findings|Results} {were discussed with|were communicated to|given to} Dr. {Smith|Müller|O'Neil} at {3:15 p.m.|15:15|10 a.m.} {by phone|}.
+The patient's {lungs|lung volumes} {are|remain} {clear|low|well expanded|hyper-inflated}; {that can't be excluded|it isn't new|cannot rule this out}.
+{Impression|IMPRESSION|Conclusion}: {“stable”|'unchanged'|improving} {vascular congestion|edema} – {mild|moderate|severe} (grade 2/4).
+{Sternotomy wires|Surgical clips|Median sternotomy wires} {are|remain} intact{,| and} {as before|unchanged} ... {Temp. 38.5 °C|WBC 12,000/µL}.
+{We|I} {recommend|suggest|would advise} {follow-up|further evaluation|a repeat examination} {in 6-8 weeks|as clinically indicated|soon} !
+"""
+
+def random_report(rng, sentences):
+    """Sentences with some of their alternatives chosen; the same sentences in two calls give two wordings of one report."""
+    choose = lambda match: rng.choice(match[1].split("|"))
+    return " ".join(re.sub("{([^{}]*)}", choose, sentence) for sentence in sentences)
+
+
+def random_pair(rng, tokens):
+    """Two reports of as many blank-separated words about mostly the same."""
+    every = SENTENCES.splitlines()
+    topics = [rng.choice(every) for _ in range(tokens)]
+    other = [topic if rng.random() < 0.7 else rng.choice(every) for topic in topics]
+    return [" ".join(random_report(rng, sentences).split()[:tokens]) for sentences in (topics, other)]
+
+
+def run_jar(folder, items):
+    """(corpus score, [score of each item], seconds between its first and last answer) of meteor-1.5.jar for [(hypothesis, references)]."""
+    command = ["java", "-Dfile.encoding=UTF-8", "-Xmx2G", "-jar", JAR, "-", "-", "-stdio", "-l", "en", "-norm"]
+    with subprocess.Popen(command, cwd=folder, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, encoding="utf-8") as jar:
+
+        def ask(*fields):
+            print(*fields, sep=" ||| ", file=jar.stdin, flush=True)
+            return jar.stdout.readline().strip()
+
+        answers = [ask("SCORE", *items[0][1], items[0][0])]
+        start = time.perf_counter()
+        answers += [ask("SCORE", *references, hypothesis) for hypothesis, references in items[1:]]
+        seconds = time.perf_counter() - start
+        scores = [float(ask("EVAL", *answers)), *(float(jar.stdout.readline()) for _ in items)]
+        jar.stdin.close()
+    return scores[-1], scores[:-1], seconds
+
+
+def text_seconds(hypotheses, references):
+    """Seconds of ours and of pycocoevalcap, None if that is not installed."""
+    start = time.perf_counter()
+    for metric in (bleu, rouge_l, cider):
+        metric(hypotheses, references)
+    ours = time.perf_counter() - start
+    try:
+        from pycocoevalcap.bleu.bleu import Bleu
+        from pycocoevalcap.cider.cider import Cider
+        from pycocoevalcap.rouge.rouge import Rouge
+    except ImportError:
+        return ours, None
+    start = time.perf_counter()
+    with contextlib.redirect_stdout(io.StringIO()):
+        for metric in (Bleu(4), Rouge(), Cider()):
+            metric.compute_score(references, hypotheses)
+    return ours, time.perf_counter() - start
+
+
+def meteor_seconds(folder, texts, pairs):
+    """(seconds to stream the table for the texts, MB that the process grew by, [ms of each pair, the best of three runs])."""
+    memory = lambda: int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024  # the peak so far
+    before = memory()
+    meteor = Meteor(folder)
+    sentences = [meteor.normalise(text) for text in texts]
+    start = time.perf_counter()
+    paraphrases = meteor.read_paraphrases(sentences)
+    seconds, growth, rounds = time.perf_counter() - start, memory() - before, [[], [], []]
+    for times in rounds:
+        for hypothesis, reference in pairs:
+            start = time.perf_counter()
+            meteor.compare(meteor.normalise(hypothesis), meteor.normalise(reference), paraphrases)
+            times.append(1000 * (time.perf_counter() - start))
+    return seconds, growth, list(map(min, *rounds))
+
+
+def metrics_benchmark(args):
+    """BLEU, ROUGE-L, CIDEr and METEOR beside pycocoevalcap and the jar."""
+    rng = random.Random(0)
+    reports = [random_pair(rng, 60) for _ in range(args.reports)]
+    hypotheses, references = ({i: [pair[side]] for i, pair in enumerate(reports)} for side in (0, 1))
+    report = dict.fromkeys(("text_s", "text_oracle_s", "meteor_table_s", "meteor_table_mb", "meteor_pair_ms", "meteor_pair_slowest_ms",
+                            "meteor_jar_pair_ms"))
+    report["text_s"], report["text_oracle_s"] = text_seconds(hypotheses, references)
+    beside = lambda value, unit: "is not installed" if value is None else f"{value:.1f} {unit}"
+    print(f"BLEU, ROUGE-L, CIDEr of {args.reports} reports of 60 tokens: {report['text_s']:.1f} s (at most 30); "
+          f"pycocoevalcap {beside(report['text_oracle_s'], 's')}")
+    try:
+        folder = find_folder(args.meteor)
+    except FileNotFoundError as error:
+        print(error)
+        return report
+    pairs = [random_pair(rng, 45) for _ in range(200)]
+    with multiprocessing.get_context("spawn").Pool(1) as process:
+        texts = [text for pair in reports + pairs for text in pair]
+        report["meteor_table_s"], report["meteor_table_mb"], times = process.apply(meteor_seconds, (folder, texts, pairs))
+    report["meteor_pair_ms"], report["meteor_pair_slowest_ms"] = statistics.median(times), max(times)
+    if shutil.which("java"):
+        *_, seconds = run_jar(folder, [(hypothesis, [reference]) for hypothesis, reference in pairs])
+        report["meteor_jar_pair_ms"] = 1000 * seconds / (len(pairs) - 1)
+    print(f"METEOR's table for these: {report['meteor_table_s']:.1f} s (at most 20), {report['meteor_table_mb']:.0f} MB (at most 200)")
+    print(f"METEOR of a pair of 45 tokens: {report['meteor_pair_ms']:.1f} ms, the slowest of {len(pairs)} {report['meteor_pair_slowest_ms']:.1f} ms "
+          f"(at most 25); the jar {beside(report['meteor_jar_pair_ms'], 'ms')}")
+    return report
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    parser.add_argument("--reports", type=int, default=3858, help="pairs of reports, as many as MIMIC-CXR's test set has (default: %(default)s)")
+    parser.add_argument("--meteor", metavar="FOLDER", help="folder with METEOR's jar and data/ (default: the installed pycocoevalcap's)")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    args = parser.parse_args()
+    report = metrics_benchmark(args)
+    if args.json:
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
