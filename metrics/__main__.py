@@ -6,6 +6,7 @@
 
 import argparse
 import json
+from collections import Counter
 from pathlib import Path
 
 from .meteor import Meteor
@@ -29,12 +30,13 @@ def read(path):
 
     def unique(pairs):
         if len(items := dict(pairs)) < len(pairs):
-            raise ValueError("an id stands there twice")
+            twice = next(key for key, count in Counter(key for key, _ in pairs).items() if count > 1)
+            raise ValueError(f"the id {twice!r} stands there twice")
         return items
 
     try:
         items = json.loads(text, object_pairs_hook=unique)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not JSON of the form {{id: [texts]}}: {error}") from None
     if not isinstance(items, dict) or not items:
         raise ValueError(f"{path}: not JSON of the form {{id: [texts]}}")
@@ -48,7 +50,10 @@ def read_both(hypotheses, references):
     ours, theirs = read(hypotheses), read(references)
     if hypotheses.suffix != ".json" and len(ours) != len(theirs):
         raise ValueError(f"{hypotheses} has {len(ours)} lines, {references} has {len(theirs)}")
-    check(ours, theirs)
+    try:
+        check(ours, theirs)
+    except ValueError as error:
+        raise ValueError(f"{hypotheses} and {references}: {error}") from None
     return ours, theirs
 
 
@@ -64,14 +69,18 @@ def score(args):
         refusal = error
     description, clean = CLEANING[args.clean]
     hypotheses, references = ({key: [clean(text) for text in texts] for key, texts in items.items()} for items in (hypotheses, references))
-    values = {f"Bleu_{n}": value for n, value in enumerate(bleu(hypotheses, references).corpus, 1)}
-    values["METEOR"] = meteor and meteor.score(hypotheses, references).corpus
-    values["ROUGE_L"] = rouge_l(hypotheses, references).corpus
-    values["CIDEr"] = cider(hypotheses, references).corpus
+    print(f"{len(hypotheses)} items, {sum(map(len, references.values()))} references; {description}\n", flush=True)
+    values = {}
 
-    print(f"{len(hypotheses)} items, {sum(map(len, references.values()))} references; {description}\n")
-    for name, value in values.items():
-        print(f"{name:8}", "not computed" if value is None else f"{value:.4f}")
+    def show(name, value):
+        values[name] = value
+        print(f"{name:8}", "not computed" if value is None else f"{value:.4f}", flush=True)
+
+    for n, value in enumerate(bleu(hypotheses, references).corpus, 1):
+        show(f"Bleu_{n}", value)
+    show("METEOR", meteor and meteor.score(hypotheses, references).corpus)
+    show("ROUGE_L", rouge_l(hypotheses, references).corpus)
+    show("CIDEr", cider(hypotheses, references).corpus)
     if refusal:
         print(f"\n{refusal}")
     return values

@@ -24,8 +24,7 @@ import re
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from .findings_phrases import (ANATOMY, CLAUSE_STARTS, CUES, DEFINITION, DEGREE, GENERIC, HEART_FAILURE, MENTIONS, NOT_MENTIONS,
-                               OTHER_ABNORMALITIES, OTHER_SECTIONS, REFUSALS, SKIPPED_SECTIONS, THIS_IMAGE, WEAK_MENTIONS)
+from . import findings_phrases as vocabulary
 
 FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum", "Fracture", "Lung Lesion", "Lung Opacity",
             "No Finding", "Pleural Effusion", "Pleural Other", "Pneumonia", "Pneumothorax", "Support Devices")
@@ -57,8 +56,10 @@ class _Event:
 
 def _phrases():
     """Every phrase -> (kind, findings). A phrase listed under two findings is a mention of both."""
-    tables = [("mention", MENTIONS), ("weak", WEAK_MENTIONS), ("failure", HEART_FAILURE), ("anatomy", ANATOMY)]
-    tables += [(kind, {None: phrases}) for kind, phrases in (("other", OTHER_ABNORMALITIES), *CUES.items(), ("nothing", NOT_MENTIONS))]
+    tables = [("mention", vocabulary.MENTIONS), ("weak", vocabulary.WEAK_MENTIONS), ("failure", vocabulary.HEART_FAILURE),
+              ("anatomy", vocabulary.ANATOMY)]
+    rows = [("other", vocabulary.OTHER_ABNORMALITIES), *vocabulary.CUES.items(), ("nothing", vocabulary.NOT_MENTIONS)]
+    tables += [(kind, {None: row}) for kind, row in rows]
     phrases = {}
     for kind, table in tables:
         for finding, row in table.items():
@@ -74,17 +75,17 @@ def _compile():
     letters, kinds = {}, [None]
     for phrase, kind in sorted(_phrases().items(), key=lambda item: (item[0][0], item[0].count("~") / 2 - len(item[0].split()), item[0])):
         regex = " ".join(f"(?:{word.replace('/', '|')})" if "/" in word else word for word in phrase.replace("*", r"\w*").split())
-        letters.setdefault(phrase[0], []).append(rf"({regex})(?!\w)".replace(" ~ ", rf" (?:(?:{DEGREE}) ){{0,3}}"))
+        letters.setdefault(phrase[0], []).append(rf"({regex})(?!\w)".replace(" ~ ", rf" (?:(?:{vocabulary.DEGREE}) ){{0,3}}"))
         kinds.append(kind)
     branches = (f"(?={letter})(?:{'|'.join(regexes)})" for letter, regexes in letters.items())
     return re.compile(rf"\b(?:{'|'.join(branches)})|[,;()?]"), kinds
 
 
 _PHRASE, _KINDS = _compile()
-_GENERIC, _REFUSAL = re.compile("|".join(GENERIC)), re.compile("|".join(REFUSALS))
-_DEFINITION, _THIS_IMAGE = re.compile(DEFINITION), re.compile(THIS_IMAGE)
-_SKIPPED, _SECTION = re.compile(SKIPPED_SECTIONS), re.compile(f"{SKIPPED_SECTIONS}|{OTHER_SECTIONS}")
-_CLAUSE_START = re.compile(rf"(?:,? and)? (?:{CLAUSE_STARTS})\b")
+_GENERIC, _REFUSAL = re.compile("|".join(vocabulary.GENERIC)), re.compile("|".join(vocabulary.REFUSALS))
+_DEFINITION, _THIS_IMAGE = re.compile(vocabulary.DEFINITION), re.compile(vocabulary.THIS_IMAGE)
+_SKIPPED, _SECTION = re.compile(vocabulary.SKIPPED_SECTIONS), re.compile(f"{vocabulary.SKIPPED_SECTIONS}|{vocabulary.OTHER_SECTIONS}")
+_CLAUSE_START = re.compile(rf"(?:,? and)? (?:{vocabulary.CLAUSE_STARTS})\b")
 _BULLET = re.compile(r"^(?:[-*•+–·]|\(?\d{1,2}[.)])\s+|^(?=[✓✔✅❌✗✘])")
 _SENTENCE_END = re.compile(r"(?:[.!]|(?<=\S)\?)[.!?]*[\"')\]*_]*(?=\s|$)|(?<=[a-z]{3})\.(?=[A-Z])")
 _ABBREVIATION = re.compile(r"(?:^|[\s(])(?:dr|mr|mrs|ms|vs|e\.g|i\.e|cf|approx|st)$", re.IGNORECASE)
@@ -327,10 +328,10 @@ def _read(text):
     mentions, normal, abnormal = [], None, False
     labels, label_text, asked, was_label, unanswered = [], "", False, False, []
     last_number = last_sentence = list_state = state = None
-    for number, kind, sentence, text, is_label in _pieces(text):
+    for number, kind, sentence, part, is_label in _pieces(text):
         if number != last_number:  # a line that ends in a label rules the list below it
             list_state = state if was_label else list_state if kind == "bullet" else None
-        piece = _Piece(text, state if sentence is last_sentence else list_state)
+        piece = _Piece(part, state if sentence is last_sentence else list_state)
         state = piece.open_state or list_state
         is_label = is_label or piece.is_question
         if labels and not (is_label and piece.is_bare):

@@ -1,8 +1,10 @@
-"""Speed and memory of the packed step and of sampling, as ratios within one run: the same weights, data and device for everyone.
+"""Speed and memory of the packed step and of sampling, as ratios within one run: the same weights, data and device for everyone. And of
+metrics/, see bench_metrics.py.
 
     python tests/bench.py step                                 packed, separate sequences and TRL's DPOTrainer
     python tests/bench.py step --device cuda --size 7b         the 7B shape with random weights, lengths of the paper's Appendix B
     python tests/bench.py sample                               folded against plain attention in decoding
+    python tests/bench.py metrics                              BLEU, ROUGE-L, CIDEr and METEOR beside the oracles
 
 A step is one study and one update (forward, backward, clip, AdamW) with gradient checkpointing:
     packed      student.PackedStudent with the cached reference, Eq. 11
@@ -33,6 +35,7 @@ from unittest import mock
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+import bench_metrics  # noqa: E402
 import torch  # noqa: E402
 import torch.nn.functional as F  # noqa: E402
 import transformers  # noqa: E402
@@ -308,8 +311,10 @@ def sample(args):
             ids[name] = torch.stack([row for row, _ in out])
     ratios = [statistics.median(b / a for a, b in zip(times["folded"][1:], times["plain"][1:])) for times in (decoding, whole)]
     same = (ids["folded"] == ids["plain"]).float().mean().item()
-    print(f"{args.size} on {args.device}: {args.batch} prompts of {len(examples[0]['prefix_ids'])} tokens, {ids['plain'].shape[1]} new ones each, {same:.1%} the same")
-    print(f"decoding: plain takes {ratios[0]:.2f}x the time of folded, {statistics.median(decoding['folded'][1:]):.3f} s; with the prompts {ratios[1]:.2f}x")
+    print(f"{args.size} on {args.device}: {args.batch} prompts of {len(examples[0]['prefix_ids'])} tokens, {ids['plain'].shape[1]} new ones each, "
+          f"{same:.1%} the same")
+    print(f"decoding: plain takes {ratios[0]:.2f}x the time of folded, {statistics.median(decoding['folded'][1:]):.3f} s; "
+          f"with the prompts {ratios[1]:.2f}x")
     if args.device == "cpu" and same < 1:
         raise SystemExit("folded and plain attention give other tokens")
     return {"time_vs_plain": ratios[0]}
@@ -333,6 +338,10 @@ def main():
         else:
             p.add_argument("--batch", type=int, default=32, help="prompts at a time (default: %(default)s)")
             p.add_argument("--new_tokens", type=int, help="per prompt (default: as in the longest response)")
+    p = commands.add_parser("metrics", help="speed of metrics/ beside the oracles", description=bench_metrics.__doc__,
+                            formatter_class=argparse.RawDescriptionHelpFormatter)
+    p.set_defaults(run=bench_metrics.run)
+    bench_metrics.add_flags(p)
     args = parser.parse_args()
     report = args.run(args)
     if args.json:

@@ -1,31 +1,34 @@
-"""Speed of metrics/text.py and metrics/meteor.py beside the oracles, on one core.
-
-    python tests/bench_metrics.py [--json]
+"""Speed of metrics/ beside the oracles, on one core, and how well the findings are read. Called by `python tests/bench.py metrics`.
 
 BLEU, ROUGE-L and CIDEr score random reports of 60 tokens beside pycocoevalcap. METEOR reads its table for them in a process of its own,
-whose growth in memory is measured, and scores pairs of 45 tokens beside meteor-1.5.jar, both after loading. What is not installed (the
-package, its files, Java) is left out and said. --json ends with {"text_s", "text_oracle_s", "meteor_table_s", "meteor_table_mb",
-"meteor_pair_ms", "meteor_pair_slowest_ms", "meteor_jar_pair_ms"}, null where not measured; a pair's time is the median.
+whose growth in memory is measured (Linux), and scores pairs of 45 tokens beside meteor-1.5.jar, both after loading. What is not installed
+(the package, its files, Java) is left out and said. The findings are read in the same reports and, with --openi FOLDER, in those of Open-I:
+NLMCXR_reports.tgz (openi.nlm.nih.gov, CC BY-NC-ND) against openi_gld_std14.csv (examples/ of ncbi-nlp/NegBio), seven findings.
+
+--json ends with {"text_s", "text_oracle_s", "meteor_table_s", "meteor_table_mb", "meteor_pair_ms", "meteor_pair_slowest_ms",
+"meteor_jar_pair_ms", "findings_s", "openi": {"precision", "recall", "f1"}}, null where not measured; a pair's time is the median.
 """
 
-import argparse
 import contextlib
+import csv
 import io
-import json
 import multiprocessing
 import random
 import re
 import shutil
 import statistics
 import subprocess
-import sys
+import tarfile
 import time
+import xml.etree.ElementTree
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+from metrics.findings import finding_scores, read_findings
+from metrics.meteor import JAR, Meteor, find_folder
+from metrics.text import bleu, cider, rouge_l
 
-from metrics.meteor import JAR, Meteor, find_folder  # noqa: E402
-from metrics.text import bleu, cider, rouge_l  # noqa: E402
+OPENI_NAMES = {"Effusion": "Pleural Effusion"} | {name: name for name in ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pneumonia",
+                                                                          "Pneumothorax")}
 
 SENTENCES = """\
 {The|} heart {size|} {is|remains|appears} {normal|mildly enlarged|moderately increased|within normal limits|stable}.
@@ -44,6 +47,7 @@ The patient's {lungs|lung volumes} {are|remain} {clear|low|well expanded|hyper-i
 {Sternotomy wires|Surgical clips|Median sternotomy wires} {are|remain} intact{,| and} {as before|unchanged} ... {Temp. 38.5 °C|WBC 12,000/µL}.
 {We|I} {recommend|suggest|would advise} {follow-up|further evaluation|a repeat examination} {in 6-8 weeks|as clinically indicated|soon} !
 """
+
 
 def random_report(rng, sentences):
     """Sentences with some of their alternatives chosen; the same sentences in two calls give two wordings of one report."""
@@ -99,6 +103,7 @@ def text_seconds(hypotheses, references):
 def meteor_seconds(folder, texts, pairs):
     """(seconds to stream the table for the texts, MB that the process grew by, [ms of each pair, the best of three runs])."""
     memory = lambda: int(re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024  # the peak so far
+    Path("/proc/self/clear_refs").write_text("5")  # begins a new peak: what the imports took for a while is not counted
     before = memory()
     meteor = Meteor(folder)
     sentences = [meteor.normalise(text) for text in texts]
@@ -113,46 +118,75 @@ def meteor_seconds(folder, texts, pairs):
     return seconds, growth, list(map(min, *rounds))
 
 
-def metrics_benchmark(args):
-    """BLEU, ROUGE-L, CIDEr and METEOR beside pycocoevalcap and the jar."""
+def read_openi(folder):
+    """[(report, {finding: 0 or 1})] of Open-I, for the findings that NegBio's labels and ours have in common."""
+    reports = {}
+    with tarfile.open(Path(folder, "NLMCXR_reports.tgz")) as tar:
+        for member in tar:
+            if member.name.endswith(".xml"):
+                root = xml.etree.ElementTree.parse(tar.extractfile(member)).getroot()
+                parts = {part.get("Label"): part.text for part in root.iter("AbstractText") if part.text}
+                reports[root.find("uId").get("id")] = "\n\n".join(f"{name}: {parts[name]}" for name in ("FINDINGS", "IMPRESSION") if name in parts)
+    with open(Path(folder, "openi_gld_std14.csv"), newline="", encoding="utf-8") as file:
+        return [(reports[row["filename"]], {ours: int(row[theirs]) for theirs, ours in OPENI_NAMES.items()}) for row in csv.DictReader(file)]
+
+
+def score_openi(folder):
+    """Agreement of read_findings with Open-I's labels; uncertain counts as negative."""
+    texts, labels = zip(*read_openi(folder))
+    read = [{finding: reading.value for finding, reading in read_findings(text).items()} for text in texts]
+    scores = finding_scores(read, labels, uncertain="negative", findings=list(OPENI_NAMES.values()))
+    print(f"\nfindings in {len(texts)} reports of Open-I, uncertain counts as negative\n{'':18} precision  recall      F1")
+    for name, row in [*scores["per_finding"].items(), ("micro", scores)]:
+        print(f"{name:18}", *(f"{row[key]:9.3f}" for key in ("precision", "recall", "f1")))
+    return {key: scores[key] for key in ("precision", "recall", "f1")}
+
+
+def add_flags(parser):
+    parser.add_argument("--reports", type=int, default=3858, help="pairs of reports, as many as MIMIC-CXR's test set has (default: %(default)s)")
+    parser.add_argument("--meteor", metavar="FOLDER", help="folder with METEOR's jar and data/ (default: the installed pycocoevalcap's)")
+    parser.add_argument("--openi", metavar="FOLDER", help="folder with NLMCXR_reports.tgz and openi_gld_std14.csv (default: left out)")
+    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+
+
+def run(args):
     rng = random.Random(0)
     reports = [random_pair(rng, 60) for _ in range(args.reports)]
     hypotheses, references = ({i: [pair[side]] for i, pair in enumerate(reports)} for side in (0, 1))
     report = dict.fromkeys(("text_s", "text_oracle_s", "meteor_table_s", "meteor_table_mb", "meteor_pair_ms", "meteor_pair_slowest_ms",
-                            "meteor_jar_pair_ms"))
-    report["text_s"], report["text_oracle_s"] = text_seconds(hypotheses, references)
+                            "meteor_jar_pair_ms", "findings_s", "openi"))
     beside = lambda value, unit: "is not installed" if value is None else f"{value:.1f} {unit}"
+    report["text_s"], report["text_oracle_s"] = text_seconds(hypotheses, references)
     print(f"BLEU, ROUGE-L, CIDEr of {args.reports} reports of 60 tokens: {report['text_s']:.1f} s (at most 30); "
-          f"pycocoevalcap {beside(report['text_oracle_s'], 's')}")
+          f"pycocoevalcap {beside(report['text_oracle_s'], 's')}", flush=True)
+    start = time.perf_counter()
+    for hypothesis, _ in reports:
+        read_findings(hypothesis)
+    report["findings_s"] = time.perf_counter() - start
+    print(f"findings of {args.reports} reports of 60 tokens: {report['findings_s']:.1f} s", flush=True)
     try:
         folder = find_folder(args.meteor)
     except FileNotFoundError as error:
         print(error)
-        return report
+    else:
+        meteor_benchmark(rng, folder, reports, report)
+    if args.openi:
+        report["openi"] = score_openi(args.openi)
+    return report
+
+
+def meteor_benchmark(rng, folder, reports, report):
+    """Measures METEOR, puts the figures into `report` and prints them."""
     pairs = [random_pair(rng, 45) for _ in range(200)]
     with multiprocessing.get_context("spawn").Pool(1) as process:
         texts = [text for pair in reports + pairs for text in pair]
         report["meteor_table_s"], report["meteor_table_mb"], times = process.apply(meteor_seconds, (folder, texts, pairs))
     report["meteor_pair_ms"], report["meteor_pair_slowest_ms"] = statistics.median(times), max(times)
+    jar = "the jar needs Java"
     if shutil.which("java"):
         *_, seconds = run_jar(folder, [(hypothesis, [reference]) for hypothesis, reference in pairs])
         report["meteor_jar_pair_ms"] = 1000 * seconds / (len(pairs) - 1)
+        jar = f"the jar {report['meteor_jar_pair_ms']:.1f} ms"
     print(f"METEOR's table for these: {report['meteor_table_s']:.1f} s (at most 20), {report['meteor_table_mb']:.0f} MB (at most 200)")
     print(f"METEOR of a pair of 45 tokens: {report['meteor_pair_ms']:.1f} ms, the slowest of {len(pairs)} {report['meteor_pair_slowest_ms']:.1f} ms "
-          f"(at most 25); the jar {beside(report['meteor_jar_pair_ms'], 'ms')}")
-    return report
-
-
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--reports", type=int, default=3858, help="pairs of reports, as many as MIMIC-CXR's test set has (default: %(default)s)")
-    parser.add_argument("--meteor", metavar="FOLDER", help="folder with METEOR's jar and data/ (default: the installed pycocoevalcap's)")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
-    args = parser.parse_args()
-    report = metrics_benchmark(args)
-    if args.json:
-        print(json.dumps(report))
-
-
-if __name__ == "__main__":
-    main()
+          f"(at most 25); {jar}", flush=True)

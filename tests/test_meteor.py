@@ -17,8 +17,9 @@ from bench_metrics import SENTENCES, random_report, run_jar
 
 from metrics.meteor import JAR, TABLE, Meteor, find_folder, stem
 
-ODD = ["½", "µL", "Größe", "肺炎", "e\u0301dema", "\U0001fac1", "Ωmega", "naïve", "a_b", "#3", "e.g.", "U.S.A.", "No.", "Dr.", "...", "3,000", "-", "''",
-       "and/or", "T5-T6", "''stable''", "isn't", "patients'", "38.5°", "(", "!?", "\u00a0", "x-ray", "--", "$5", "10%", "ﬁne", "İ", "1.5.", "'s", "&"]
+ODD = ["½", "µL", "Größe", "肺炎", "e\u0301dema", "\U0001fac1", "Ωmega", "naïve", "a_b", "#3", "e.g.", "U.S.A.", "No.", "Dr.", "...", "3,000", "-",
+       "''", "and/or", "T5-T6", "''stable''", "isn't", "patients'", "38.5°", "(", "!?", "\u00a0", "x-ray", "--", "$5",
+       "10%", "ﬁne", "İ", "1.5.", "'s", "&"]
 
 
 def random_items(count=1000):
