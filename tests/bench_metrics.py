@@ -138,7 +138,7 @@ def score_openi(folder):
     scores = finding_scores(read, labels, uncertain="negative", findings=list(OPENI_NAMES.values()))
     print(f"\nfindings in {len(texts)} reports of Open-I, uncertain counts as negative\n{'':18} precision  recall      F1")
     for name, row in [*scores["per_finding"].items(), ("micro", scores)]:
-        print(f"{name:18}", *(f"{row[key]:9.3f}" for key in ("precision", "recall", "f1")))
+        print(f"{name:18}", *(f"{row[key]:9.3f}" if row[key] is not None else f"{'-':>9}" for key in ("precision", "recall", "f1")))
     return {key: scores[key] for key in ("precision", "recall", "f1")}
 
 

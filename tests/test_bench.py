@@ -1,26 +1,29 @@
 """The benchmark runs and compares equal work. Nothing here looks at a time."""
 
+import io
 import json
 import os
 import subprocess
 import sys
+import tarfile
 
 import bench
 import pytest
 from conftest import ROOT
+from test_meteor import write_folder
 
 import student
 
 FIELDS = {"time_vs_separate", "time_vs_trl", "memory_vs_separate", "mfu", "hfu", "peak_gib"}
 
 
-def run(*command):
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, timeout=300, cwd=ROOT / "tests",
-                          env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+def run(*command, **env):
+    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300, cwd=ROOT / "tests",
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **env}, check=False)
 
 
-def bench_output(*flags):
-    done = run("bench.py", *flags, "--json")
+def bench_output(*flags, **env):
+    done = run("bench.py", *flags, "--json", **env)
     assert done.returncode == 0, done.stdout + done.stderr
     *text, last = done.stdout.splitlines()
     return "\n".join(text), json.loads(last)
@@ -60,6 +63,25 @@ def test_step_notices_other_work():
 def test_sample():
     text, report = bench_output("sample", "--size", "tiny", "--repeats", "1", "--batch", "3")
     assert set(report) == {"time_vs_plain"} and "100.0% the same" in text
+
+
+def test_metrics(tmp_path):
+    """With METEOR's formats in small, no Java, and two reports in Open-I's format, one of which is read as labelled."""
+    reports = {"CXR1": ("No effusion.", "Mild cardiomegaly."), "CXR2": ("Possible pneumonia.", "Atelectasis.")}
+    with tarfile.open(tmp_path / "NLMCXR_reports.tgz", "w:gz") as tar:
+        for name, parts in reports.items():
+            texts = "".join(f'<AbstractText Label="{label}">{text}</AbstractText>' for label, text in zip(("FINDINGS", "IMPRESSION"), parts))
+            content = f'<eCitation><uId id="{name}"/><Abstract>{texts}</Abstract></eCitation>'.encode()
+            member = tarfile.TarInfo(f"ecgen-radiology/{name}.xml")
+            member.size = len(content)
+            tar.addfile(member, io.BytesIO(content))
+    (tmp_path / "openi_gld_std14.csv").write_text(
+        "filename,Atelectasis,Cardiomegaly,Effusion,Pneumonia,Pneumothorax,Consolidation,Edema\nCXR1,0,1,0,0,0,0,0\nCXR2,0,0,0,1,0,0,0\n")
+    text, report = bench_output("metrics", "--reports", 20, "--meteor", write_folder(tmp_path / "own"), "--openi", tmp_path, PATH="")
+    assert report.pop("openi") == {"precision": 0.5, "recall": 0.5, "f1": 0.5} and report.pop("meteor_jar_pair_ms") is None
+    report.pop("text_oracle_s")  # null without pycocoevalcap
+    assert set(report) == {"text_s", "meteor_table_s", "meteor_table_mb", "meteor_pair_ms", "meteor_pair_slowest_ms", "findings_s"}
+    assert min(report.values()) >= 0 and report["meteor_pair_ms"] > 0 and "the jar needs Java" in text and "in 2 reports of Open-I" in text
 
 
 @pytest.mark.parametrize("train, expected", [("lora", (2, 3, 1)), ("full", (3, 4, 4))])
