@@ -3,11 +3,12 @@
     read_findings("No pneumothorax. Small left effusion, possibly pneumonia.")
     -> {"Pneumothorax": Reading(0, "No pneumothorax."), "Pleural Effusion": Reading(1, ...), "Pneumonia": Reading(-1, ...)}
 
-It reads radiology reports and answers of chat models. A text is cut into sentences and, at colons and dashes, into labels and what is
-said of them. In each piece one regular expression finds mentions and cues; a sweep to the right carries "no", "possible", "history of"
-to what follows, a sweep to the left carries "is absent", "cannot be excluded", "is enlarged" to what precedes; conjunctions and verbs
-end a scope. The vocabulary is in findings_phrases.py. Conventions are those of the CheXpert labeler (Irvin et al. 2019,
-stanfordmlgroup/chexpert-labeler) and of NegBio (Peng et al. 2018), without their parser and without their code:
+It reads radiology reports and answers of chat models, JSON included; a bare "Yes" is read behind its question. A text is cut into
+sentences and, at colons and dashes, into labels and what is said of them (findings_text.py). In each piece one regular expression finds
+mentions and cues (the vocabulary is in findings_phrases.py); a sweep to the right carries "no", "possible", "history of" to what
+follows, a sweep to the left carries "is absent", "cannot be excluded", "is enlarged" to what precedes; conjunctions and verbs end a
+scope. Conventions are those of the CheXpert labeler (Irvin et al. 2019, stanfordmlgroup/chexpert-labeler) and of NegBio (Peng et al.
+2018), without their parser and without their code:
 
  1. Over the mentions of a finding, positive > uncertain > negative. "No new X" and "no definite X" are uncertain.
  2. "No Finding" is 1 if no other finding except Support Devices and no other abnormality (emphysema, granuloma, hernia, ...) is positive
@@ -25,6 +26,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from . import findings_phrases as vocabulary
+from .findings_text import normalise, pieces
 
 FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum", "Fracture", "Lung Lesion", "Lung Opacity",
             "No Finding", "Pleural Effusion", "Pleural Other", "Pneumonia", "Pneumothorax", "Support Devices")
@@ -84,93 +86,30 @@ def _compile():
 _PHRASE, _KINDS = _compile()
 _GENERIC, _REFUSAL = re.compile("|".join(vocabulary.GENERIC)), re.compile("|".join(vocabulary.REFUSALS))
 _DEFINITION, _THIS_IMAGE = re.compile(vocabulary.DEFINITION), re.compile(vocabulary.THIS_IMAGE)
-_SKIPPED, _SECTION = re.compile(vocabulary.SKIPPED_SECTIONS), re.compile(f"{vocabulary.SKIPPED_SECTIONS}|{vocabulary.OTHER_SECTIONS}")
 _CLAUSE_START = re.compile(rf"(?:,? and)? (?:{vocabulary.CLAUSE_STARTS})\b")
-_BULLET = re.compile(r"^(?:[-*•+–·]|\(?\d{1,2}[.)])\s+|^(?=[✓✔✅❌✗✘])")
-_SENTENCE_END = re.compile(r"(?:[.!]|(?<=\S)\?)[.!?]*[\"')\]*_]*(?=\s|$)|(?<=[a-z]{3})\.(?=[A-Z])")
-_ABBREVIATION = re.compile(r"(?:^|[\s(])(?:dr|mr|mrs|ms|vs|e\.g|i\.e|cf|approx|st)$", re.IGNORECASE)
-_LABEL_END = re.compile(r":(?=[\s*_]|$)|\s[-–—]+\s|—")
+_OWN_DOUBT = re.compile(r"(?:,? and)? (?:[^\s,]+ ){1,5}(?:can)?not (?:\w+ ){0,3}(?:excluded|ruled out)")
+_SIDE, _SIDE_END = re.compile(r"\b(?:left|right)\b"), re.compile(r"[,;]| but | while ")
+_NO_ANSWER = re.compile(r"(?:\d*\.\d+|\d+ ?%|n/?a|null|unknown|not (?:applicable|assessed|mentioned|reported))\W*")  # a probability is none
 _QUESTION = re.compile(r"(?:is|are|was|does|do|did|can|could|would|should|has|have|what|which|how|where|why)\b.*\?$")
 _MENTIONS = {"mention", "weak", "failure", "other", "disease"}
 _TARGETS = _MENTIONS | {"anatomy", "noun"}
 _STATUSES = {"stable": UNCERTAIN, "normal": NEGATIVE, "borderline": UNCERTAIN, "unseen": UNCERTAIN, "abnormal": POSITIVE}
 _STRENGTH = tuple(_STATUSES).index  # side by side the stronger one counts
-_SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
-    (r"_{3,}", " xxxx "),  # a de-identified blank
-    (r"[*_`#~]+", ""), (r"[❌✗✘]", " no "), (r"[✓✔✅]", " "), (r"’", "'"), (r"\band/or\b", "or"), (r"\bw/o\b", "without"),
-    (r"\br/o\b", "rule out"), (r"\bc/w\b", "consistent with"), (r"\bh/o\b", "history of"),
-    (r"\b(?:can't|can not|could not|couldn't)\b", "cannot"), (r"n't\b", " not"), (r"'m\b", " am"), (r"'re\b", " are"),
-    (r"(?<=[a-z])[-‐‑](?=[a-z])", " "), (r"\s+", " "))]
 
-
-def _normalise(text):
-    text = text.lower()
-    for pattern, new in _SPELLINGS:
-        text = pattern.sub(new, text)
-    return text.strip()
-
-
-def _lines(text):
-    """(kind, line), kind blank, bullet, heading or plain. Lines that were only wrapped are joined again, rules of dashes are dropped."""
-    lines, previous = [("blank", [""])], ""
-    for line in map(str.strip, text.splitlines()):
-        if line.startswith("|"):  # a row of a table reads like "label: value"
-            line = " : ".join(cell.strip() for cell in line.strip("|").split("|"))
-        if line and not line.strip("-:=_*# \t"):
-            continue
-        is_heading = line.startswith("#") or re.fullmatch(r"\*\*[^*]+\*\*:?", line)
-        kind = "blank" if not line else "bullet" if _BULLET.match(line) else "heading" if is_heading else "plain"
-        wrapped = previous.endswith(",") or (len(previous) >= 45 and previous[-1] not in ".:;!?")
-        if wrapped and kind == "plain" and lines[-1][0] != "heading" and not re.match(r"[^:.]{1,40}:(?:\s|$)", line):
-            lines[-1][1].append(line)
-        else:
-            lines.append((kind, [line]))
-        previous = line
-    for (kind, parts), (_, following) in zip(lines, lines[1:] + lines[:1]):
-        line = " ".join(parts)
-        if following[0].startswith(("- ", "* ", "• ")) and not line.startswith(("-", "*", "•")) and len(line) < 50 and line[-1:] not in ".;!?,":
-            kind = "heading"  # "2. Pneumothorax" above a list of dashes
-        yield kind, line
-
-
-def _sentences(line):
-    start = 0
-    for match in _SENTENCE_END.finditer(line):
-        if not _ABBREVIATION.search(line[max(start, match.start() - 8):match.start()]):
-            yield line[start:match.end()].strip()
-            start = match.end()
-    yield line[start:].strip()
-
-
-def _pieces(text):
-    """(number of the line, its kind, sentence, piece of it, whether the piece is a label) of all that is about the image."""
-    skipped = begun = False
-    for number, (kind, line) in enumerate(_lines(text)):
-        skipped = skipped and not (kind == "blank" and begun)
-        for sentence in _sentences(_BULLET.sub("", line)):
-            cuts = [(match.start(), match.end()) for match in _LABEL_END.finditer(sentence)]
-            for (_, start), (end, _) in zip([(0, 0)] + cuts, cuts + [(len(sentence), 0)]):
-                name = sentence[start:end].strip(" *_#").lower()
-                is_label = end < len(sentence) or kind == "heading"
-                if is_label and _SECTION.fullmatch(name):
-                    skipped, begun = bool(_SKIPPED.fullmatch(name)), False
-                elif skipped:
-                    begun = begun or bool(name)
-                elif name.strip(".,;x"):
-                    yield number, kind, sentence, sentence[start:end], is_label
 
 
 def _events(text):
     """The mentions and cues of a normalised piece, left to right, each with the direction in which it rules."""
-    events, target = [], None
+    events, target, negated = [], None, False
     for match in _PHRASE.finditer(text):
         kind, findings = _KINDS[match.lastindex] if match.lastindex else (match[0], ())
-        if kind in (",", "and") and _CLAUSE_START.match(text, match.end()):
+        if kind in (",", "and") and (_CLAUSE_START.match(text, match.end()) or (negated and _OWN_DOUBT.match(text, match.end()))):
             kind = "break"
         elif kind == "," and events and events[-1].kind == "neg" and events[-1].end == match.start():
             events[-1].kind = "neg<"  # "No, there is ..." is an answer and negates nothing that follows
         elif kind == "?" and match.end() < len(text):
             kind = "unc"
+        negated = kind == "neg" or (negated and kind not in ("break", ";"))
         if kind != "nothing":
             events.append(_Event(match.start(), match.end(), kind, findings))
     for event, one_back, two_back in zip(events[::-1], events[-2::-1] + [None], events[-3::-1] + [None, None]):
@@ -231,7 +170,7 @@ def _sweep_left(events):
             used, beside = True, False
         elif kind in ("neg<", "unc<", "unseen", "?") or (kind.endswith("<>") and not event.rules_right):
             state, verbs, used, listed = "neg" if kind.startswith("neg") else "unc", 0, False, False
-        elif kind in ("affirm", "neg", "unc", "unc!", "ign", "neg<>", "unc<>") or kind in _STATUSES:
+        elif kind in ("affirm", "still", "neg", "unc", "unc!", "ign", "neg<>", "unc<>") or kind in _STATUSES:
             state = None
         elif kind in ("copula", "verb"):
             verbs, beside = verbs + 1, False
@@ -249,6 +188,19 @@ def _sweep_left(events):
             verbs, used, beside = 0, False, True
 
 
+def _mark_contrasts(events):
+    """What is denied and then said to go on is there: "resolved on the left but persists on the right"."""
+    goes_on = beyond = own = False
+    for event in reversed(events):
+        if event.kind in ("break", ";", "with"):
+            goes_on, beyond, own = False, goes_on and event.kind == "break", False
+        elif event.kind == "still":
+            goes_on = not own
+        elif event.kind in _TARGETS:
+            event.after = None if beyond else event.after
+            goes_on, beyond, own = False, False, True
+
+
 def _mark_alternatives(events):
     """Mentions joined by "or" or "versus" are uncertain unless something else is said of them."""
     for left, middle, right in zip(events, events[1:], events[2:] + events[:1]):
@@ -263,12 +215,13 @@ class _Piece:
     """A piece of a sentence, read: `values` [(finding, value)], `labels` [(finding, kind)] that the next piece may answer, and more."""
 
     def __init__(self, text, state):
-        self.text = text = _normalise(text)
+        self.text = text = normalise(text)
         self.events = _events(text)
         generic = _is_generic(text, self.events)
         self.open_state = _sweep_right(self.events, "ign" if generic else state)
         self.open_state = "ign" if generic else self.open_state
         _sweep_left(self.events)
+        _mark_contrasts(self.events)
         _mark_alternatives(self.events)
         self.values, self.labels, self.is_normal, self.is_abnormal = [], [], False, False
         about = [event for event in self.events if event.before != "ign"] if not generic else []
@@ -283,6 +236,9 @@ class _Piece:
                 self.values.append(("Cardiomegaly", UNCERTAIN))
             self.is_abnormal = self.is_abnormal or (event.kind == "other" and value != NEGATIVE)
             self.is_normal = self.is_normal or (event.kind in ("noun", "anatomy") and well) or (event.kind == "disease" and value == NEGATIVE)
+        only = self.events[0].kind if len(self.events) == 1 else ""
+        self.list_state = "neg" if only.startswith("neg<") or text.startswith("negative") else "unc" if only.startswith("unc<") else None
+        self.is_normal = self.is_normal or text.strip(".! ") in ("normal", "unremarkable", "within normal limits")
         self.is_bare = all(event.kind in _TARGETS or event.kind in ("and", "or", ",", "(", ")", "abnormal", "?") for event in self.events)
         self.is_open_question = bool(_QUESTION.match(text))  # asserts nothing; "Left effusion?" is a doubt
         self.is_question = self.is_open_question or (self.is_bare and text.endswith("?"))
@@ -292,8 +248,12 @@ class _Piece:
     def answers(self, labels, asked):
         """[(finding, value)] that this piece gives to the labels before it: "Pneumothorax: none seen", "Heart: mildly enlarged"."""
         first = next((event for event in self.events if event.kind not in ("copula", "noun", "with", "there", "verb")), None)
-        if self.open_state == "ign" or (asked and not (first and first.kind in ("neg", "neg<", "affirm"))):
+        answered = first and (first.kind in ("neg", "neg<", "affirm", "still") or (first.kind.startswith("unc") and not self.values))
+        if self.open_state == "ign" or (asked and not answered) or _NO_ANSWER.fullmatch(self.text):
             return []
+        sides = _SIDE_END.split(self.text)
+        if len(sides) > 1 and all(len(_SIDE.findall(side)) == 1 for side in sides):  # "none on the left, small on the right"
+            return [answer for side in sides for answer in _Piece(side, None).answers(labels, asked=False)]
         value = {"0": NEGATIVE, "-1": UNCERTAIN}.get(self.text, POSITIVE)
         if first and first.start <= 40 and first.kind.startswith(("neg", "normal", "clear", "sharp")):
             value = NEGATIVE
@@ -328,11 +288,11 @@ def _read(text):
     mentions, normal, abnormal = [], None, False
     labels, label_text, asked, was_label, unanswered = [], "", False, False, []
     last_number = last_sentence = list_state = state = None
-    for number, kind, sentence, part, is_label in _pieces(text):
+    for number, kind, sentence, part, is_label in pieces(text):
         if number != last_number:  # a line that ends in a label rules the list below it
             list_state = state if was_label else list_state if kind == "bullet" else None
         piece = _Piece(part, state if sentence is last_sentence else list_state)
-        state = piece.open_state or list_state
+        state = piece.open_state or (is_label and piece.list_state) or list_state  # "Absent:" above a list
         is_label = is_label or piece.is_question
         if labels and not (is_label and piece.is_bare):
             said = sentence if label_text in sentence else f"{label_text} {sentence}"
@@ -358,7 +318,8 @@ def read_findings(text):
     """The findings that a text asserts about the image.
 
     Args:
-        text: a radiology report or an answer of a chat model (str of any length; markdown and line breaks are understood)
+        text: a radiology report or an answer of a chat model (str of any length; markdown, JSON and line breaks are understood). An answer
+            that says no more than "Yes" is read with its question before it: f"Does this chest X-ray show edema? {answer}"
 
     Returns:
         {finding: Reading(value, sentence)}, value 1 positive, 0 negative, -1 uncertain; what is not mentioned is absent.
@@ -382,7 +343,7 @@ def is_refusal(text):
     A disclaimer beside a finding, also a denied one, or beside another abnormality is no refusal; explanations of a disease in general
     are not findings. Linear in the length of the text.
     """
-    return bool(_REFUSAL.search(_normalise(text))) and not any(_read(text))
+    return bool(_REFUSAL.search(normalise(text))) and not any(_read(text))
 
 
 def finding_scores(predicted, reference, uncertain="negative", findings=FINDINGS):

@@ -60,7 +60,8 @@ DEGREE = ("significant|significantly|appreciable|appreciably|interval|substantia
 CUES = {
     # They rule what follows: negated, uncertain, uncertain whatever else is said, not about this image.
     "neg": "no|not|without|no longer|neither|nor|never|negative/unremarkable for|is/are negative for|free of/from|denies"
-           "|clear/cleared/absence/lack/devoid/none of|excludes|rules/ruling out|resolution/clearing/removal of|rather than|instead of"
+           "|clear/cleared/absence/lack/devoid/none of|low likelihood/probability/suspicion of|low suspicion for"
+           "|nothing to suggest/indicate|excludes|rules/ruling out|resolution/clearing/removal of|rather than|instead of"
            "|as opposed to|fails to|negative findings|pertinent negatives|cannot ~ see/identify/detect",
     "unc": "may|might|could|would|can be/represent/reflect/indicate|suspicious/suspicion/concern/concerns/concerning/worrisome for|suspicion of"
            "|suspect|question|question/suggestion of|favor*|favour*|consider|differential|whether|rule out|to exclude|query"
@@ -88,8 +89,9 @@ CUES = {
     "borderline": "borderline|accentuat*|exaggerat*|magnifi*|obscured",
     "stable": "stable|unchanged|unaltered|similar|no/without ~ change*|not ~ changed",
     # They shape the scopes.
-    "affirm": "yes|true|present|seen|noted|identified|visible|visualized|evident|observed|detected|decreased|improved|worsened|persist*|larger"
+    "affirm": "yes|true|present|seen|noted|identified|visible|visualized|evident|observed|detected|decreased|improved|worsened|persistent|larger"
               "|smaller",
+    "still": "persist|persists|persisted|persisting|still/remain/remains seen/present/visible/evident/noted|remain/remains on/in",
     "copula": "is|are|was|were|has|have|had|remain*|appear*",
     "verb": "show*|demonstrate*|reveal*|indicates|suggests|contains",
     "purpose": "to suggest/indicate/explain/support",
@@ -103,7 +105,7 @@ CUES = {
 }
 # After a comma or "and" these begin a new statement: "no pneumothorax, stable cardiomegaly".
 CLAUSE_STARTS = ("there|the|this|it|stable|unchanged|persistent|mild|mildly|minimal|moderate|moderately|severe|trace|small|improved|improving"
-                 "|worsening|again|possible|possibly|probable|probably|likely|questionable|may")
+                 "|worsening|again|possible|possibly|probable|probably|likely|questionable|may|i can see|i see|i notice|i note|i observe|i find|i do")
 # Sentences about medicine in general.
 _SORT = "a|an|the|or|partial|complete|abnormal|excess|medical|common|serious|general|lung|fluid|type|kind|form|of"
 GENERIC = (
@@ -129,3 +131,6 @@ REFUSALS = (
     r"\b(?:i|we) (?:\w+ )?(?:cannot|will not|must decline|do not feel comfortable|do not have (?:the (?:ability|capability|capacity)|access))\b",
     r"\b(?:i|we) do not (?:see|find) (?:an|any|the) (?:\w+ ){0,2}(?:image|picture|attachment)\b|\bno image (?:was|is|has been)\b",
 )
+# Keys of a JSON answer that hold the name of a finding, and what is said of it.
+JSON_NAMES = ("finding", "name", "condition", "observation", "pathology", "abnormality", "disease")
+JSON_STATES = ("present", "presence", "status", "value", "answer", "result", "detected")
