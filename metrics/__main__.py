@@ -90,7 +90,7 @@ def main():
     parser = argparse.ArgumentParser(prog="python -m metrics", description="BLEU, METEOR, ROUGE-L and CIDEr of reports against references.")
     parser.add_argument("hypotheses", type=Path, help="text, one hypothesis a line, or .json, {id: [text]}")
     parser.add_argument("references", type=Path, help="text, one reference a line, or .json, {id: [text, ...]}, the same ids")
-    parser.add_argument("--clean", choices=CLEANING, default="r2gen", help="what is done to all texts first (default: r2gen)")
+    parser.add_argument("--clean", choices=CLEANING, default="r2gen", help="done to all texts first: nothing, or R2Gen's cleaning (default: r2gen)")
     parser.add_argument("--meteor", metavar="FOLDER", help="folder with METEOR's jar and data/ (default: the installed pycocoevalcap's)")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     args = parser.parse_args()

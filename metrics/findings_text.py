@@ -21,6 +21,7 @@ _SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
 
 
 def normalise(text):
+    """Lower case, without marks, spellings and contractions made one, single blanks: what the rules see. O(length)."""
     text = text.lower()
     for pattern, new in _SPELLINGS:
         text = pattern.sub(new, text)
@@ -99,7 +100,7 @@ def _sentences(line):
 
 
 def pieces(text):
-    """(number of the line, its kind, sentence, piece of it, whether the piece is a label) of all that is about the image."""
+    """(number of the line, its kind, sentence, piece of it, whether the piece is a label) of all that is about the image. O(length)."""
     skipped = begun = False
     for number, (kind, line) in enumerate(_lines(_unfold(text))):
         skipped = skipped and not (kind == "blank" and begun)

@@ -420,9 +420,9 @@ class Meteor:
             references: {id: [text, ...]}, the same ids
 
         Returns:
-            Score. Equals `java -jar meteor-1.5.jar - - -stdio -l en -norm`, and so pycocoevalcap's Meteor, within 1e-9, for texts without
-            '|||' and line ends, which are that program's separators. The table is streamed once (5 to 10 s), then a pair takes
-            O(words * beam * matches at a word), some milliseconds.
+            Score. Equals `java -Dfile.encoding=UTF-8 -jar meteor-1.5.jar - - -stdio -l en -norm` within 1e-9, and so pycocoevalcap's Meteor,
+            which leaves the encoding to the locale. Texts with '|||' or line ends, that program's separators, cannot be compared. The table
+            is streamed once (5 to 10 s), then a pair takes O(words * beam * matches at a word), some milliseconds.
 
         Raises:
             ValueError: what `check` raises, or a damaged table.

@@ -5,7 +5,7 @@ import random
 
 import pytest
 
-from metrics.text import bleu, cider, clean_r2gen, rouge_l
+from metrics.text import bleu, cider, clean_r2gen, rouge_l, similarity, tf_idf
 
 METRICS = {"bleu": bleu, "rouge_l": rouge_l, "cider": cider}
 WORDS = ("the heart is normal in size . no pleural effusion , or pneumothorax seen 2.5 cm left-sided T5/T6 ( stable ) größer 肺炎 "
@@ -121,7 +121,30 @@ def test_cider_of_one_item_is_zero():
     assert cider({"a": ["x y z w"]}, {"a": ["x y z w"]}) == (0, {"a": 0})
 
 
-@pytest.mark.parametrize("metric", METRICS.values(), ids=METRICS)
+def test_tf_idf_similarity_equals_scikit_learn():
+    oracle = pytest.importorskip("sklearn.feature_extraction.text", reason="scikit-learn is the oracle of this test")
+    hypotheses, references = random_corpus(random.Random(0), 60)
+    texts = [text for others in references.values() for text in others]
+    hypotheses = {key: [" ".join(word for word in text.split() if word in " ".join(texts).split())] for key, (text,) in hypotheses.items()}
+    vectorizer = oracle.TfidfVectorizer(token_pattern=r"\w+").fit(texts)
+    cosine = lambda one, other: (vectorizer.transform([one]) @ vectorizer.transform([other]).T)[0, 0]
+    expected = {key: max(cosine(text, other) for other in references[key]) for key, (text,) in hypotheses.items()}
+    score = similarity(hypotheses, references)
+    assert score.items == pytest.approx(expected, abs=1e-9) and score.corpus == pytest.approx(sum(expected.values()) / 60, abs=1e-9)
+    vector = tf_idf(texts)
+    for text in texts[:20]:
+        row = vectorizer.transform([text])
+        assert vector(text) == pytest.approx({vectorizer.get_feature_names_out()[i]: row[0, i] for i in row.indices}, abs=1e-12)
+
+
+def test_a_word_of_no_reference_lowers_the_similarity():
+    references = {"a": ["mild edema"], "b": ["no edema"]}
+    score = similarity({"a": ["Mild edema."], "b": ["no edema zebra"]}, references)
+    assert score.items["a"] == pytest.approx(1) and 0 < score.items["b"] < 0.9
+    assert similarity({"a": [""], "b": ["x"]}, references) == (0, {"a": 0, "b": 0})
+
+
+@pytest.mark.parametrize("metric", [*METRICS.values(), similarity], ids=[*METRICS, "similarity"])
 @pytest.mark.parametrize("hypotheses, references, message", [
     ({}, {}, "empty input"),
     ({"a": ["x"], "b": ["y"]}, {"a": ["x"]}, "1 ids without reference, the first is 'b'"),
