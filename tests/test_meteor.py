@@ -54,6 +54,7 @@ def folder():
     try:
         return find_folder()
     except FileNotFoundError as error:
+        warnings.warn("pycocoevalcap is not installed: METEOR is compared with frozen scores of a few pairs only", stacklevel=1)
         pytest.skip(str(error))
 
 
