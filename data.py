@@ -79,8 +79,8 @@ def load_task(path=None):
          "refusals": ["i cannot", ...]}
 
     findings: name -> the words that name it in a text; classes, in order: class -> phrases, in which {finding} stands for
-    any of the finding's words and * for up to four words of the same clause that name no other finding. prompts.question, optional, is
-    evaluate.py's closed question, with {finding} and {options}. Raises ValueError naming the file and what was expected.
+    any of the finding's words and * for up to four words of the same clause that name no other finding. prompts may have a "question"
+    with {finding} and {options}, which evaluate.py asks. Raises ValueError naming the file and what was expected.
     """
     if path is None:
         return CHEST
@@ -107,8 +107,7 @@ def make_task(spec, path):
            '"prompts": an object with the texts "student", "teacher", "compare"')
     expect("{diseases}" in prompts["teacher"], '"{diseases}" in prompts.teacher')
     expect("{readers}" in prompts["compare"], '"{readers}" in prompts.compare')
-    question = prompts.get("question", "{finding}")
-    expect(isinstance(question, str) and "{finding}" in question, 'prompts.question: a text with {finding}')
+    expect(isinstance(q := prompts.get("question", "{finding}"), str) and "{finding}" in q, 'a text with {finding} as prompts.question')
     for phrases in spec["classes"].values():
         expect(all("{finding}" in phrase.split() for phrase in phrases), 'every phrase of "classes" to contain the word {finding}')
     for key in ("positive", "refusals"):

@@ -30,7 +30,7 @@ import results
 import student
 import training
 from metrics import scores
-from metrics.findings import finding_scores, read_findings
+from metrics.findings import finding_scores
 from metrics.meteor import Meteor
 from metrics.text import bleu, cider, clean_r2gen, rouge_l
 from paper_tables import FIVE, TABLE_1, TABLE_5, TEXT_METRICS, ZERO_SHOT, table, with_intervals
@@ -72,10 +72,15 @@ def score(readings, studies, task):
             "unread": unread / labels if labels else None, "agreement_with_vote": agree / votes if votes else None}
 
 
+def label_counts(studies, task):
+    """{finding: Counter of its classes} of the findings that have labels."""
+    counts = {finding: Counter(study.labels[finding] for study in studies if finding in study.labels) for finding in task.findings}
+    return {finding: count for finding, count in counts.items() if count}
+
+
 def prior(train, task):
     """The most frequent class of each finding in the training labels, as a reading."""
-    counts = {finding: Counter(study.labels[finding] for study in train if finding in study.labels) for finding in task.findings}
-    return {finding: count.most_common(1)[0][0] for finding, count in counts.items() if count}
+    return {finding: count.most_common(1)[0][0] for finding, count in label_counts(train, task).items()}
 
 
 def styles(texts, studies, words=3):
@@ -107,13 +112,6 @@ def intervals(readings, studies, findings, metric, samples, seed):
     return {"value": {name: mean_over(names)(labelled[name]) for name, names in groups.items()},
             "interval": {name: scores.bootstrap_interval(mean_over(names), labelled[name], samples=samples, seed=seed)
                          for name, names in groups.items()}}
-
-
-def prevalence(studies, task):
-    """{finding: {"n": labels, class: share}} of the findings that have labels."""
-    counts = {finding: Counter(study.labels[finding] for study in studies if finding in study.labels) for finding in task.findings}
-    return {finding: {"n": count.total(), **{str(value): count[value] / count.total() for value in task.classes}}
-            for finding, count in counts.items() if count}
 
 
 def classify(path, studies, task, args, name, parts=None, failed=None):
@@ -173,7 +171,7 @@ def named_students(given):
 def run_classify(args):
     folders, train = named_students(args.student), []
     if args.task:
-        bench = benchmarks.ms_cxr_t(args.ms_cxr_t, args.images, args.task, args.chexpert, args.blank)
+        bench = benchmarks.ms_cxr_t(args.ms_cxr_t, args.images, args.task, args.chexpert_csv, args.blank)
     else:
         task = data.load_task(args.task_file)
         studies = [s for s in data.read_studies(args.studies, task, args.split) if s.labels]
@@ -195,6 +193,8 @@ def run_classify(args):
         studies = [study for study in studies if study.labels]
     if not studies:
         raise ValueError(f"{bench.name}: no study has both labels and images; {'; '.join(missing[:3])}")
+    if twice := {"label prior", "label prior of these very labels", "vote of the teachers", "always no", *data.teacher_names(studies)} & set(folders):
+        raise ValueError(f"--student {min(twice)}: names another row of the table, expected a name of its own")
     failed, ours = {}, {}
     for at, (name, path) in enumerate(folders.items()):
         ours[name] = classify(path, studies, task, args, name, parts and parts / str(at), failed)
@@ -202,14 +202,13 @@ def run_classify(args):
     rows = baselines(studies, train, task)
     if args.task == "presence":
         rows["always no"] = score([dict.fromkeys(task.findings, 0)] * len(studies), studies, task)
-    if twice := sorted(set(rows) & set(folders)):
-        raise ValueError(f"--student {twice[0]}: names another row of the table, expected a name of its own")
     rows |= ours
     first = [finding for finding in FIVE if finding in task.findings]
     lines = [table(rows, [*first, *(f for f in task.findings if f not in first)], (TABLE_1 if args.task else TABLE_5) if first else None)]
-    share = prevalence(studies, task)
-    for finding, shares in share.items():
-        lines.append(f"{finding}: " + ", ".join(f"{value} {figure}" if value == "n" else f"{value} {figure:.3f}" for value, figure in shares.items()))
+    share = {finding: {"n": count.total(), **{str(value): count[value] / count.total() for value in task.classes}}
+             for finding, count in label_counts(studies, task).items()}
+    lines += [f"{finding}: " + ", ".join(f"{value} {figure}" if value == "n" else f"{value} {figure:.3f}" for value, figure in shares.items())
+              for finding, shares in share.items()]
     for name in folders:
         for mode, result in rows[name].items():
             lines += with_intervals(name, mode, result)
@@ -232,12 +231,11 @@ def run_reports(args):
     before, settings, parts = results.begin(args, folders.values(), [bench])
     if before:
         return results.end(args, before, known=True)
+    failed, written, meteor = {}, {}, None
     try:
         meteor = Meteor(args.meteor)
     except FileNotFoundError as error:
-        meteor = None
         missing.append(str(error))
-    failed, written = {}, {}
     for at, (name, path) in enumerate(folders.items()):
         encoder = data.Encoder(path, data.CHEST, args.images, args.max_pixels)
         model = student.load(path, torch.bfloat16 if args.bf16 else torch.float32, training.init())
@@ -254,9 +252,7 @@ def run_reports(args):
     lines = [paper_tables.beside(3, ours), paper_tables.beside(7, ours),
              f"{len(studies)} reports; cleaning: {args.clean}, no cut at 99 words, no <unk>; findings: of the texts as written, "
              f"uncertain counts as {args.uncertain}"]
-    rate = lambda figure: "none" if figure is None else f"{figure:.3f}"
-    lines += [f"{name}: CIDEr {row['CIDEr']:.3f}, findings P {rate(row['findings']['precision'])} R {rate(row['findings']['recall'])} "
-              f"F1 {rate(row['findings']['f1'])}, words {row['words']:.1f} (references {row['reference_words']:.1f})" for name, row in rows.items()]
+    lines += [paper_tables.report_line(name, row) for name, row in rows.items()]
     return results.end(args, {"settings": settings, "rows": rows, "missing": missing, "table": "\n".join([*lines, *bench.notes])})
 
 
@@ -267,8 +263,7 @@ def score_reports(texts, references, clean, meteor, uncertain):
     row = dict(zip(TEXT_METRICS, (*bleu(hypotheses, others).corpus, rouge_l(hypotheses, others).corpus)))
     row["METEOR"] = meteor.score(hypotheses, others).corpus if meteor else None
     row["CIDEr"] = cider(hypotheses, others).corpus
-    read = lambda some: [{finding: reading.value for finding, reading in read_findings(t).items()} for t in some]
-    row["findings"] = finding_scores(read(texts), read(references), uncertain)
+    row["findings"] = finding_scores(*([data.read_classes(t, data.CHEST) for t in some] for some in (texts, references)), uncertain)
     words = lambda some: fmean(len(t.split()) for t in some)
     return row | {"n": len(texts), "words": words(texts), "reference_words": words(references), "example": texts[0]}
 
@@ -345,22 +340,20 @@ def run_tables(args):
     return ours
 
 
-def add_student_arguments(p, several="NAME=FOLDER or FOLDER (or a hub id); may be given several times"):
-    """The flags of all commands that ask a student."""
-    p.add_argument("--student", action="append", required=True, help=several)
+def add_student_arguments(p, answers=True):
+    """The flags of all commands that ask a student, and those of its answers."""
+    p.add_argument("--student", action="append", required=True, help="NAME=FOLDER or FOLDER (or a hub id); may be given several times")
     p.add_argument("--max_pixels", type=int, default=1024 * 28 * 28, help="pixels per image, 784 make a token (default: %(default)s)")
     p.add_argument("--num_workers", type=int, default=0, help="processes per rank that load images (default: %(default)s)")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="weights in bf16")
     p.add_argument("--strict", action="store_true", help="exit with 1 if anything is missing")
     p.add_argument("--output", help="results.json to write; the same command goes on where it stopped")
     p.add_argument("--json", action="store_true", help="end with one line of JSON")
-
-
-def add_answer_arguments(p):
-    p.add_argument("--max_new_tokens", type=int, default=1024, help="tokens of an answer (default: %(default)s)")
-    p.add_argument("--batch_size", type=int, default=32, help="studies per forward of generated answers (default: %(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="of the sampled answers and the bootstrap (default: %(default)s)")
-    p.add_argument("--split", default="test", help="which studies: train, validate, test (default: %(default)s)")
+    if answers:
+        p.add_argument("--max_new_tokens", type=int, default=1024, help="tokens of an answer (default: %(default)s)")
+        p.add_argument("--batch_size", type=int, default=32, help="studies per forward of generated answers (default: %(default)s)")
+        p.add_argument("--seed", type=int, default=0, help="of the sampled answers and the bootstrap (default: %(default)s)")
+        p.add_argument("--split", default="test", help="which studies: train, validate, test (default: %(default)s)")
 
 
 def parse(argv=None):
@@ -372,14 +365,13 @@ def parse(argv=None):
     p.add_argument("--task_file", help="task.json of --studies; without it MIMIC-CXR's 14 findings")
     p.add_argument("--task", choices=("progression", "presence"), help="MS-CXR-T: the course over two films, or presence on the current one")
     p.add_argument("--ms_cxr_t", help="MS_CXR_T_temporal_image_classification_v1.0.0.csv")
-    p.add_argument("--chexpert", help="mimic-cxr-2.0.0-chexpert.csv.gz, the labels of presence")
+    p.add_argument("--chexpert_csv", help="mimic-cxr-2.0.0-chexpert.csv.gz, the labels of presence")
     p.add_argument("--blank", choices=("exclude", "negative"), default="exclude", help="findings not mentioned, for presence (default: %(default)s)")
     p.add_argument("--images", default=".", help="folder that the image paths are relative to; of MIMIC-CXR-JPG for --task (default: %(default)s)")
     p.add_argument("--mode", choices=("options", "parse"), default="options",
                    help="options: the most probable option of a closed question; parse: generated text, read back (default: %(default)s)")
     p.add_argument("--prompt", choices=("student", "teacher"), default="student", help="teacher: Appendix B's, which names the diagnosis")
     p.add_argument("--bootstrap", type=int, default=1000, help="resamples for the 95%% intervals, 0: none (default: %(default)s)")
-    add_answer_arguments(p)
     add_student_arguments(p)
 
     p = commands.add_parser("reports", help="report generation on MIMIC-CXR: BLEU, ROUGE-L, METEOR, CIDEr, findings",
@@ -394,7 +386,6 @@ def parse(argv=None):
     p.add_argument("--uncertain", choices=("negative", "positive", "ignore"), default="negative", help="what -1 counts as (default: %(default)s)")
     p.add_argument("--meteor", help="folder with meteor-1.5.jar and data/paraphrase-en.gz (default: that of an installed pycocoevalcap)")
     p.add_argument("--prompt", choices=("report", "student"), default="report", help="what is asked (default: %(default)s)")
-    add_answer_arguments(p)
     add_student_arguments(p)
 
     p = commands.add_parser("zeroshot", help="AUC per class on Open-I, ChestX-ray14, CheXpert, ChestX-Det10",
@@ -405,7 +396,7 @@ def parse(argv=None):
     p.add_argument("--chexpert_labels", help="its label file (default: the first below it of groundtruth.csv, test_labels.csv, valid.csv)")
     p.add_argument("--views", choices=("max", "mean"), default="max", help="CheXpert: one score of a study's views (default: %(default)s)")
     p.add_argument("--chestx_det10", help="folder of ChestX-Det10: test.json and the images")
-    add_student_arguments(p)
+    add_student_arguments(p, answers=False)
 
     p = commands.add_parser("tables", help="all tables of the paper beside ours", description=run_tables.__doc__)
     p.add_argument("results", nargs="*", help="--output files of classify, reports and zeroshot")
@@ -414,8 +405,10 @@ def parse(argv=None):
     if args.command == "classify":
         if bool(args.studies) == bool(args.task):
             parser.error("classify: expected one of --studies and --task")
-        if args.task and not args.ms_cxr_t or args.task == "presence" and not args.chexpert:
-            parser.error(f"--task {args.task}: expected --ms_cxr_t" + (" and --chexpert" if args.task == "presence" else ""))
+        if args.task and not args.ms_cxr_t or args.task == "presence" and not args.chexpert_csv:
+            parser.error(f"--task {args.task}: expected --ms_cxr_t" + (" and --chexpert_csv" if args.task == "presence" else ""))
+        if args.task and args.prompt == "teacher":
+            parser.error("--prompt teacher names the labels, expected only with --studies")
     return args
 
 

@@ -8,11 +8,12 @@ probability of an option is summed over its spellings (with and without a leadin
 tokens it takes.
 
 The image is encoded once: image and system prompt are the prefix, and each question is a branch behind it (student.pack), from the text
-behind the image to the place where the answer begins. Spellings of one token are read off the end of their question's branch; a longer
-spelling gets a branch of its own, question and spelling without its last token. Equal to separate forwards (tests/test_questions.py).
+behind the image to the place where the answer begins. The first token of every spelling is predicted at the end of its question; the tokens
+of a longer one are a branch on that branch. Equal to separate forwards (tests/test_questions.py).
 """
 
 import torch
+import torch.nn.functional as F
 
 import results
 import student
@@ -57,32 +58,40 @@ def tokenise(encoder, questions):
 
 
 def encode(encoder, study, asked):
-    """asked: what `tokenise` returns -> what `option_logps` takes: the encoded study (data.Encoder) with one response a branch, and for
-    each of the K spellings "spelled": (its branch, tokens of the question, its ids), "owners": (key, option)."""
+    """asked: what `tokenise` returns -> what `option_logps` takes: the encoded study (data.Encoder) whose responses are the Q questions, and
+    "spelled": for each of the K spellings (its question's number, its ids), "owners": (key, option)."""
     pixel_values, image_grid_thw = encoder.pixels(study)
-    branches, spelled, owners = {}, [], []  # branches: {question and spelling but for its last token: (number, response)}
-    for key, (text, tokens) in asked.items():
+    asked_ids, spelled, owners = [], [], []
+    for u, (key, (text, tokens)) in enumerate(asked.items()):
         prefix = encoder.prefix(text, image_grid_thw)
         P = int((prefix == encoder.vision_end).nonzero()[-1]) + 1  # everything up to the image is the same for all questions
-        question = prefix[P:].tolist()
-        for option, ids in tokens:
-            response = [*question, *ids]
-            branches.setdefault(tuple(response[:-1]), (len(branches), response))
-            spelled.append((branches[tuple(response[:-1])][0], len(question), torch.tensor(ids)))
-            owners.append((key, option))
+        asked_ids.append(prefix[P:])
+        spelled += [(u, torch.tensor(ids)) for _, ids in tokens]
+        owners += [(key, option) for option, _ in tokens]
     return {"id": study.id, "prefix_ids": prefix[:P], "pixel_values": pixel_values, "image_grid_thw": image_grid_thw,
-            "responses": [torch.tensor(response) for _, response in branches.values()], "spelled": spelled, "owners": owners}
+            "responses": asked_ids, "spelled": spelled, "owners": owners}
 
 
 def pack(example, model):
-    """student.pack of the branches, in which only the options' tokens are targets: K = number of spellings."""
-    batch = student.pack([example], model)
-    sources = [batch["source"][batch["owner"] == u] for u in range(len(example["responses"]))]
-    spelled = example["spelled"]
-    batch["source"] = torch.cat([sources[u][start:start + len(ids)] for u, start, ids in spelled])
-    batch["targets"] = torch.cat([ids for _, _, ids in spelled])
-    batch["owner"] = torch.tensor([k for k, (_, _, ids) in enumerate(spelled) for _ in ids])
-    batch["tokens"] = torch.tensor([[len(ids) for _, _, ids in spelled]])
+    """student.pack of the Q questions and, behind them, the spellings of several tokens; only spellings are targets. "parent" (1, S): the
+    branch that a token's branch stands on; "tokens" (1, K)."""
+    asked, spelled = example["responses"], example["spelled"]
+    long = [k for k, (_, ids) in enumerate(spelled) if len(ids) > 1]
+    # pack takes the last token of a response for a target only: a question has another one behind it
+    rows = [*(F.pad(ids, (0, 1)) for ids in asked), *(spelled[k][1] for k in long)]
+    batch = student.pack([{**example, "responses": rows}], model)
+    sources = [batch["source"][batch["owner"] == branch] for branch in range(len(rows))]  # [0] is the end of the prefix
+    batch["parent"], batch["position_ids"] = batch["branch"].clone(), batch["position_ids"].clone()
+    own = {k: len(asked) + at for at, k in enumerate(long)}
+    for k, branch in own.items():
+        here, question = batch["branch"] == branch + 1, spelled[k][0]
+        batch["parent"][here] = question + 1
+        batch["position_ids"][:, here] += len(asked[question])
+    first = [sources[u][-1:] for u, _ in spelled]
+    batch["source"] = torch.cat([torch.cat([at, sources[own[k]][1:]]) if k in own else at for k, at in enumerate(first)])
+    batch["targets"] = torch.cat([ids for _, ids in spelled])
+    batch["owner"] = torch.tensor([k for k, (_, ids) in enumerate(spelled) for _ in ids])
+    batch["tokens"] = torch.tensor([[len(ids) for _, ids in spelled]])
     return batch
 
 

@@ -329,8 +329,7 @@ def evaluate(args):
     prefix = prefix[:int((prefix == model.config.vision_end_token_id).nonzero()[-1]) + 1]
     words = lambda n: torch.randint(1, vocabulary - 8, (n,), generator=g)
     asked, spellings = [words(17) for _ in range(args.questions)], [words(1) for _ in range(8)]
-    example = {**study, "prefix_ids": prefix, "responses": [torch.cat([question, spellings[0]]) for question in asked],
-               "spelled": [(u, 17, ids) for u in range(args.questions) for ids in spellings],
+    example = {**study, "prefix_ids": prefix, "responses": asked, "spelled": [(u, ids) for u in range(args.questions) for ids in spellings],
                "owners": [(u, option) for u in range(args.questions) for option in range(8)]}
     inputs = student.to({key: study[key] for key in ("pixel_values", "image_grid_thw")}, args.device)
 
@@ -338,7 +337,8 @@ def evaluate(args):
         found = {}
         for u, question in enumerate(asked):
             ids = torch.cat([prefix, question])[None].to(args.device)
-            logits = model(input_ids=ids, mm_token_type_ids=(ids == model.config.image_token_id).int(), use_cache=False, logits_to_keep=1, **inputs).logits
+            types = (ids == model.config.image_token_id).int()
+            logits = model(input_ids=ids, mm_token_type_ids=types, use_cache=False, logits_to_keep=1, **inputs).logits
             logps = logits[0, -1].float().log_softmax(-1)
             found[u] = {option: logps[ids].item() for option, ids in enumerate(spellings)}
         return found
@@ -351,7 +351,8 @@ def evaluate(args):
             seconds[name].append(clock(args.device) - start)
     differ = max(abs(answers["packed"][u][o] - answers["separate"][u][o]) for u in range(args.questions) for o in range(8))
     ratio = statistics.median(b / a for a, b in zip(seconds["packed"][1:], seconds["separate"][1:]))
-    print(f"{args.size} on {args.device}: {args.questions} questions behind {len(prefix)} tokens of image and prompt, log-probs differ by {differ:.1e}")
+    print(f"{args.size} on {args.device}: {args.questions} questions behind {len(prefix)} tokens of image and prompt; "
+          f"log-probs differ by {differ:.1e}")
     print(f"separate forwards take {ratio:.2f}x the time of packed, {statistics.median(seconds['packed'][1:]):.3f} s an image")
     if differ > (0.3 if args.device == "cuda" else 1e-4):
         raise SystemExit("packed and separate questions get other answers")
