@@ -209,7 +209,7 @@ def test_zeroshot_scores_every_dataset_and_says_what_is_missing(four, asked, bas
             "x": ("Does this chest X-ray show a granuloma?", ["yes", "no"])})))["x"]
         odds.append(answer["yes"] - answer["no"])
     assert row["Open-I"]["auc"]["Granuloma"] == scores.auc([study.labels["Granuloma"] for study in bench.studies], odds)
-    assert re.search(r"paper: CARZero +0\.84 +0\.81 +0\.92 +0\.80\nX?", text) and re.search(r"here: ours( +[01]\.\d{3}){4}", text)
+    assert re.search(r"paper: CARZero +0\.84 +0\.81 +0\.92 +0\.80$", text, re.M) and re.search(r"here: ours( +[01]\.\d{3}){4}", text)
     two = script("evaluate.py", "zeroshot", *four, *asked, "--json", ranks=2).stdout.splitlines()
     assert json.loads(two[-1]) == out
 
