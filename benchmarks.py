@@ -195,7 +195,7 @@ def ms_cxr_t(path, images, task, chexpert=None, blank="exclude"):
             studies.append(Study(" ".join(Path(film).stem for film in films), films, labels, {}))
     notes = [f"{excluded} labels left out that are uncertain" + (" or not mentioned" if blank == "exclude" else "")] if task == "presence" else []
     asked = PROGRESSION if task == "progression" else binary_task("MS-CXR-T presence", MS_CXR_T)
-    return Benchmark(f"MS-CXR-T, {task}", asked, Path(images), studies, tuple(MS_CXR_T), missing, notes)
+    return Benchmark(f"MS-CXR-T, {task}", asked, Path(images), studies, tuple(MS_CXR_T), list(dict.fromkeys(missing)), notes)
 
 
 def annotation(path, images, split="test"):

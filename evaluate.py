@@ -147,7 +147,7 @@ def classify(path, studies, task, args, name, parts=None, failed=None):
 
 def baselines(studies, train, task):
     """Label prior, each teacher and the vote, on the same studies. {row: score}."""
-    name = "label prior" if train else "label prior of these very labels"
+    name = "label prior" if train else "majority class"
     rows = {name: score([prior(train or studies, task)] * len(studies), studies, task)}
     for name in data.teacher_names(studies):
         rows[name] = score([data.read_classes(study.trajectories.get(name, ""), task) for study in studies], studies, task)
@@ -193,7 +193,7 @@ def run_classify(args):
         studies = [study for study in studies if study.labels]
     if not studies:
         raise ValueError(f"{bench.name}: no study has both labels and images; {'; '.join(missing[:3])}")
-    if twice := {"label prior", "label prior of these very labels", "vote of the teachers", "always no", *data.teacher_names(studies)} & set(folders):
+    if twice := {"label prior", "majority class", "vote of the teachers", "always no", *data.teacher_names(studies)} & set(folders):
         raise ValueError(f"--student {min(twice)}: names another row of the table, expected a name of its own")
     failed, ours = {}, {}
     for at, (name, path) in enumerate(folders.items()):
