@@ -38,7 +38,7 @@ def fingerprint(path):
         return str(path)
     digest = hashlib.sha256()
     for file in sorted(path.glob("*.*")) if path.is_dir() else [path]:
-        if file.is_file() and file.suffix in (".json", ".jsonl", ".safetensors", ".txt"):
+        if file == path or file.is_file() and file.suffix in (".json", ".jsonl", ".safetensors", ".txt"):
             digest.update(f"{file.name} {_sha256(file)}".encode())
     return digest.hexdigest()
 

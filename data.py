@@ -42,7 +42,7 @@ class Task:
     findings: tuple
     classes: tuple
     positive: tuple                # the classes that count as disease, for {diseases} in the teachers' prompt
-    prompts: dict                  # system, student, teacher ({diseases}), compare ({readers})
+    prompts: dict                  # system, student, teacher ({diseases}), compare ({readers}); evaluation: question ({finding}), report
     refusals: tuple = ()           # phrases by which a teacher declines
     patterns: tuple = field(default=None, repr=False)  # (finding, class, compiled expression)
 
@@ -63,6 +63,9 @@ CHEST = Task(
         "compare": "This is a patient's chest DR image. Several readers have described it, each on their own.\n\n{readers}\n\n"
                    "Compare these descriptions with each other and with the image. Then describe the image yourself: keep what the "
                    "readers agree on and the image shows, leave out the rest, and do not mention the readers.",
+        # evaluate.py only: the answer is yes or no; the reference is a report's findings section
+        "question": "Does this chest X-ray show {finding}?",
+        "report": "This is a patient's chest DR image. Write the findings section of its radiology report.",
     },
 )
 
@@ -76,20 +79,24 @@ def load_task(path=None):
          "refusals": ["i cannot", ...]}
 
     findings: name -> the words that name it in a text; classes, in order: class -> phrases, in which {finding} stands for
-    any of the finding's words and * for up to four words of the same clause that name no other finding.
-    Raises ValueError naming the file and what was expected.
+    any of the finding's words and * for up to four words of the same clause that name no other finding. prompts may have a "question"
+    with {finding} and {options}, which evaluate.py asks. Raises ValueError naming the file and what was expected.
     """
     if path is None:
         return CHEST
-
-    def expect(condition, what):
-        if not condition:
-            raise ValueError(f"{path}: expected {what}")
-
     try:
         spec = json.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON file: {error}") from None
+    return make_task(spec, path)
+
+
+def make_task(spec, path):
+    """The task of what `load_task` reads in a task.json; errors name `path`."""
+    def expect(condition, what):
+        if not condition:
+            raise ValueError(f"{path}: expected {what}")
+
     expect(isinstance(spec, dict), "a JSON object")
     for key in ("findings", "classes"):
         value = spec.get(key)
@@ -100,6 +107,7 @@ def load_task(path=None):
            '"prompts": an object with the texts "student", "teacher", "compare"')
     expect("{diseases}" in prompts["teacher"], '"{diseases}" in prompts.teacher')
     expect("{readers}" in prompts["compare"], '"{readers}" in prompts.compare')
+    expect(isinstance(q := prompts.get("question", "{finding}"), str) and "{finding}" in q, 'a text with {finding} as prompts.question')
     for phrases in spec["classes"].values():
         expect(all("{finding}" in phrase.split() for phrase in phrases), 'every phrase of "classes" to contain the word {finding}')
     for key in ("positive", "refusals"):

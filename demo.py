@@ -217,7 +217,7 @@ def report(args):
     evaluate.run(evaluate.parse([
         "classify", f"--studies={args.studies}", f"--images={args.images}", f"--task_file={args.task_file}", f"--output={root / 'results.json'}",
         f"--student=SPD, all teachers={root / 'spd' / 'student'}", f"--student=SPD, all teachers + APO={root / 'apo' / 'student'}",
-        f"--max_new_tokens={ANSWER}", "--batch_size=50"]))
+        f"--max_new_tokens={ANSWER}", "--batch_size=50", "--mode=parse", "--bootstrap=0"]))
 
 
 def main():

@@ -28,6 +28,7 @@ import apo
 import checkpoint
 import data
 import evaluate
+import paper_tables
 import selfdistill
 import spd
 import student
@@ -411,7 +412,7 @@ def ladder(args):
     cells.sort(key=lambda cell: (args.worlds.index(cell["world"]), cell["seed"], ROWS.index(cell["row"])))
     results = {"experiment": experiment(args), "claims": claims(cells), "cells": cells}
     checkpoint.write_text(out / "results.json", json.dumps(results) + "\n")
-    print(evaluate.ladder_table(results))
+    print(paper_tables.ladder_table(results))
     return results
 
 

@@ -1,52 +1,56 @@
 """Leave here: what the paper measures, on a student and on its teachers. Nothing trains.
 
-    python evaluate.py classify --student runs/apo/student --studies studies.jsonl --images files
-    torchrun --nproc_per_node=4 evaluate.py classify ...                                    shared over the ranks, same numbers
+    python evaluate.py classify --student runs/apo/student --studies studies.jsonl --images files      labels of your own (Table 5)
+    python evaluate.py classify --student ... --task progression --ms_cxr_t MS_CXR_T_...csv --images mimic-cxr-jpg         (Table 1)
+    python evaluate.py reports  --student ... --annotation annotation.json --images mimic-cxr-jpg/files                (Tables 3, 7)
+    python evaluate.py zeroshot --student ... --open_i DIR --chestx_ray14 DIR --chexpert DIR --chestx_det10 DIR            (Table 4)
+    python evaluate.py tables results.json ...                                          every table of the paper with ours beside it
+    torchrun --nproc_per_node=4 evaluate.py ...                                             shared over the ranks, the same numbers
 
-Each study is answered in the student's own words, greedily and by sampling at temperature 1, and read back by data.read_classes.
-Top-1 accuracy counts the labelled findings whose class was read; one that cannot be read is wrong, and the unread rate says how
-often that was.
+Two ways to ask. --mode options: a closed question per finding, top-1 is the option of the highest log-probability, AUC ranks by log P(yes) -
+log P(no) (questions.py). --mode parse: the student answers in its own words, greedily and by sampling at temperature 1, and is read back
+by data.read_classes; what cannot be read is wrong, and the unread rate says how often that was.
+
+With --output each study is on disk when it is answered, and the same command goes on where it stopped.
 """
 
 import argparse
 import json
-import statistics
 from collections import Counter
 from pathlib import Path
+from statistics import fmean
 
 import torch
-from tqdm import tqdm
 
-import checkpoint
+import benchmarks
 import data
+import paper_tables
+import questions
+import results
 import student
 import training
-
-SHORT = {"Atelectasis": "Ate.", "Cardiomegaly": "Car.", "Consolidation": "Con.", "Edema": "Ede.", "Enlarged Cardiomediastinum": "ECM",
-         "Fracture": "Fra.", "Lung Lesion": "LL", "Lung Opacity": "LO", "No Finding": "NF", "Pleural Effusion": "PE", "Pleural Other": "PO",
-         "Pneumonia": "Pna.", "Pneumothorax": "Pnx.", "Support Devices": "SD"}
-TABLE_5_FINDINGS = ("Consolidation", "Pleural Effusion", "Pneumonia", "Pneumothorax", "Edema")
-TABLE_5 = {"SPD, one teacher": (0.78, 0.58, 0.70, 0.95, 0.31, 0.66), "SPD, all teachers": (0.77, 0.49, 0.69, 0.94, 0.51, 0.68),
-           "SPD, all teachers + APO": (0.84, 0.67, 0.78, 0.96, 0.65, 0.78)}  # MS-CXR-T, top-1; the last column is the paper's average
+from metrics import scores
+from metrics.findings import finding_scores
+from metrics.meteor import Meteor
+from metrics.text import bleu, cider, clean_r2gen, rouge_l
+from paper_tables import FIVE, TABLE_1, TABLE_5, TEXT_METRICS, ZERO_SHOT, table, with_intervals
 
 
-def answers(model, encoder, studies, task, temperature, seed=0, batch_size=50, max_new_tokens=1024, prompt="student", num_workers=0, desc="answers"):
-    """The student's text for each study, in their order: greedy at temperature 0, else one sample per study by its own seed.
-    The batches are shared over the ranks; every rank returns all texts."""
-    batches = [list(range(i, min(i + batch_size, len(studies)))) for i in range(0, len(studies), batch_size)]
-    mine, texts = batches[training.rank()::training.world()], {}
+def answers(model, encoder, studies, task, temperature, seed=0, batch_size=50, max_new_tokens=1024, prompt="student", num_workers=0,
+            desc="answers", parts=None, failed=None):
+    """The student's text for each study, in their order: greedy at temperature 0, else one sample per study by its own seed. Every rank
+    returns all texts; None for a study that is in `failed` (see results.spread)."""
+    by_id = {study.id: study for study in studies}
 
-    def encode(index):
-        return encoder(studies[index], data.student_prompt(studies[index], task, prompt))
+    def encode(key):
+        return encoder(by_id[key], data.student_prompt(by_id[key], task, prompt))
 
-    stream = training.loader(encode, [[(index,) for index in batch] for batch in mine], num_workers)
-    for batch, examples in tqdm(zip(mine, stream), total=len(mine), desc=desc, disable=training.rank() > 0):
-        seeds = [f"{seed} {studies[index].id} answer" for index in batch]
-        for index, (ids, _) in zip(batch, student.sample(model, encoder, examples, seeds, temperature, 1.0, max_new_tokens)):
-            texts[index] = encoder.text(ids)
-    for part in training.gather(texts):
-        texts |= part
-    return [texts[index] for index in range(len(studies))]
+    def work(keys, examples):
+        out = student.sample(model, encoder, examples, [f"{seed} {key} answer" for key in keys], temperature, 1.0, max_new_tokens)
+        return [encoder.text(ids) for ids, _ in out]
+
+    texts = results.spread(list(by_id), encode, work, batch_size, parts, num_workers, failed, desc)
+    return [texts.get(study.id) for study in studies]
 
 
 def score(readings, studies, task):
@@ -68,10 +72,15 @@ def score(readings, studies, task):
             "unread": unread / labels if labels else None, "agreement_with_vote": agree / votes if votes else None}
 
 
+def label_counts(studies, task):
+    """{finding: Counter of its classes} of the findings that have labels."""
+    counts = {finding: Counter(study.labels[finding] for study in studies if finding in study.labels) for finding in task.findings}
+    return {finding: count for finding, count in counts.items() if count}
+
+
 def prior(train, task):
     """The most frequent class of each finding in the training labels, as a reading."""
-    counts = {finding: Counter(study.labels[finding] for study in train if finding in study.labels) for finding in task.findings}
-    return {finding: count.most_common(1)[0][0] for finding, count in counts.items() if count}
+    return {finding: count.most_common(1)[0][0] for finding, count in label_counts(train, task).items()}
 
 
 def styles(texts, studies, words=3):
@@ -85,112 +94,66 @@ def styles(texts, studies, words=3):
     return dict(Counter(owners[opening(text)].most_common(1)[0][0] if opening(text) in owners else "other" for text in texts))
 
 
-def classify(path, studies, task, args, name):
-    """Greedy and sampled scores of one student's folder."""
+def intervals(readings, studies, findings, metric, samples, seed):
+    """`metric` (scores.accuracy or scores.macro_accuracy) per finding, "mean" over findings, and 95% bootstrap intervals of both; for the mean
+    whole studies are drawn. -> {"value": {finding or "mean": figure}, "interval": {the same: (low, high)}}."""
+    def mean_over(names):
+        def statistic(drawn):
+            values = []
+            for name in names:
+                pairs = [(studies[i].labels[name], readings[i].get(name)) for i in drawn if name in studies[i].labels]
+                if pairs:
+                    values.append(metric(*zip(*pairs)))
+            return fmean(values) if values else None
+        return statistic
+
+    groups = {name: (name,) for name in findings} | {"mean": tuple(findings)}
+    labelled = {name: [i for i, study in enumerate(studies) if any(f in study.labels for f in names)] for name, names in groups.items()}
+    return {"value": {name: mean_over(names)(labelled[name]) for name, names in groups.items()},
+            "interval": {name: scores.bootstrap_interval(mean_over(names), labelled[name], samples=samples, seed=seed)
+                         for name, names in groups.items()}}
+
+
+def classify(path, studies, task, args, name, parts=None, failed=None):
+    """One student's scores, {"options": ...} or {"greedy": ..., "sampled": ...}. Studies that turn out to be unreadable leave the list."""
     encoder = data.Encoder(path, task, args.images, args.max_pixels)
     model = student.load(path, torch.bfloat16 if args.bf16 else torch.float32, training.init())
-    result = {}
-    for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
-        texts = answers(model, encoder, studies, task, temperature, args.seed, args.batch_size, args.max_new_tokens, args.prompt,
-                        args.num_workers, desc=f"{name}, {mode}")
-        result[mode] = score([data.read_classes(text, task) for text in texts], studies, task)
-        result[mode]["styles"] = styles(texts, studies)
-        result[mode]["example"] = texts[0]
+    labelled = {finding for study in studies for finding in study.labels}
+    folder = lambda mode: parts and parts / mode
+    readings, result = {}, {}
+    if args.mode == "options":
+        asked = {finding: question for finding, question in questions.closed_questions(task).items() if finding in labelled}
+        out = questions.ask(model, encoder, studies, asked, folder("options"), args.num_workers, failed, name)
+        studies[:] = [study for study in studies if study.id in out]
+        best = lambda options: max(options, key=options.get)
+        readings["options"] = [{finding: asked[finding][1][best(options)] for finding, options in out[study.id].items()} for study in studies]
+    else:
+        for mode, temperature in (("greedy", 0.0), ("sampled", 1.0)):
+            texts = answers(model, encoder, studies, task, temperature, args.seed, args.batch_size, args.max_new_tokens, args.prompt,
+                            args.num_workers, f"{name}, {mode}", folder(mode), failed)
+            studies[:] = [study for study, answer in zip(studies, texts) if answer is not None]
+            texts = [answer for answer in texts if answer is not None]
+            readings[mode] = [data.read_classes(answer, task) for answer in texts]
+            result[mode] = {"styles": styles(texts, studies), "example": texts[0] if texts else None}
+    if not studies:
+        raise ValueError(f"no image could be read, the first: {next(iter(failed.values()))}")
+    for mode, read in readings.items():
+        result[mode] = {**score(read, studies, task), **result.get(mode, {})}
+        if args.bootstrap:
+            for key, metric in (("top1", scores.accuracy), ("macro", scores.macro_accuracy)):
+                result[mode][key] = intervals(read, studies, list(result[mode]["accuracy"]), metric, args.bootstrap, args.seed)
     return result
 
 
 def baselines(studies, train, task):
     """Label prior, each teacher and the vote, on the same studies. {row: score}."""
-    name = "label prior" if train else "label prior of these very labels"
+    name = "label prior" if train else "majority class"
     rows = {name: score([prior(train or studies, task)] * len(studies), studies, task)}
     for name in data.teacher_names(studies):
         rows[name] = score([data.read_classes(study.trajectories.get(name, ""), task) for study in studies], studies, task)
     if len(rows) > 1:
         rows["vote of the teachers"] = score([data.vote(study.trajectories, task) for study in studies], studies, task)
     return rows
-
-
-def table(rows, findings, paper=None):
-    """rows: {name: score, or {"greedy": score, "sampled": score}} -> text, one line a row; paper: {name: figures} printed below."""
-    columns = [f for f in findings if any(f in s["accuracy"] for s in map(_greedy, rows.values()))]
-    head = f"{'':34}" + "".join(f"{SHORT.get(f, f[:6]):>7}" for f in columns) + f"{'mean':>7}{'sampled':>9}{'unread':>8}"
-    lines = [head]
-    for name, row in rows.items():
-        s = _greedy(row)
-        sampled = f"{row['sampled']['mean']:>9.3f}" if "sampled" in row else f"{'':9}"
-        lines.append(f"{name:34}" + "".join(f"{s['accuracy'].get(f, float('nan')):>7.3f}" for f in columns)
-                     + f"{s['mean']:>7.3f}{sampled}{s['unread']:>8.3f}")
-    for name, figures in (paper or {}).items():
-        of = dict(zip(TABLE_5_FINDINGS, figures))
-        lines.append(f"{'paper: ' + name:34}" + "".join(f"{of[f]:>7.2f}" if f in of else f"{'':7}" for f in columns) + f"{figures[-1]:>7.2f}")
-    return "\n".join(lines)
-
-
-def _greedy(row):
-    return row.get("greedy", row)
-
-
-def ladder_table(results):
-    """The results.json of `demo.py ladder` as text: for each world mean and standard deviation over seeds, the paper's Table 5 below,
-    then the paired differences that answer its claims."""
-    cells, lines = results["cells"], []
-    columns = [f for f in TABLE_5_FINDINGS if any(f in score["accuracy"] for cell in cells for score in modes(cell).values())]
-    for world in dict.fromkeys(cell["world"] for cell in cells):
-        seeds = sorted({cell["seed"] for cell in cells if cell["world"] == world})
-        lines += [f"world '{world}', {results['experiment']['split']} split, seeds {', '.join(map(str, seeds))}: accuracy, mean +- sd over seeds",
-                  f"{'':34}" + "".join(f"{SHORT[f]:>7}" for f in columns)
-                  + f"{'greedy':>15}{'voiced':>15}{'sampled':>15}{'unread':>8}{'= vote':>8}"]
-        for row in dict.fromkeys(cell["row"] for cell in cells if cell["world"] == world):
-            lines.append(ladder_row(row, [modes(cell) for cell in cells if (cell["world"], cell["row"]) == (world, row)], columns))
-        lines += [f"{'paper: ' + name:34}" + "".join(f"{x:>7.2f}" for x in figures[:5]) + f"{figures[5]:>8.2f}" for name, figures in TABLE_5.items()]
-        lines.append("")
-        for claim in (c for c in results["claims"] if c["world"] == world):
-            between = "" if claim["low"] is None else f" [{claim['low']:+.3f}, {claim['high']:+.3f}]"
-            paper = "" if claim["paper"] is None else f"   paper {claim['paper']:+.2f}"
-            lines.append(f"  {claim['claim']}{', ' + claim['mode'] if claim['mode'] else ''}: {claim['mean']:+.3f}{between}{paper}")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def ladder_row(row, seeds, columns):
-    """seeds: {mode: score} of each. Findings, unread and agreement are of the sampled answers, or of texts read as they are."""
-    first = [of.get("sampled", of.get("given")) for of in seeds]
-    line = f"{row:34}" + "".join(f"{statistics.mean(score['accuracy'][f] for score in first):>7.3f}" for f in columns)
-    for mode in ("greedy", "voiced", "sampled"):
-        values = [of[mode]["mean"] for of in seeds if mode in of] or [of["given"]["mean"] for of in seeds if mode == "greedy" and "given" in of]
-        spread = statistics.stdev(values) if len(values) > 1 else 0.0
-        line += f"{statistics.mean(values):>8.3f} +-{spread:>4.3f}" if values else f"{'':15}"
-    return line + "".join(f"{statistics.mean(score[key] for score in first):>8.3f}" for key in ("unread", "agreement_with_vote"))
-
-
-def modes(cell):
-    """{mode: score} of a cell of the ladder; 'given' where texts or labels are read as they are."""
-    return {mode: cell[mode] for mode in ("greedy", "voiced", "sampled", "given") if mode in cell}
-
-
-def parse(argv=None):
-    parser = argparse.ArgumentParser(description="What the paper measures.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    p = commands.add_parser("classify", help="top-1 accuracy per finding on any studies.jsonl with labels",
-                            description="Top-1 accuracy per finding: greedy and sampled, beside label prior, teachers and vote.")
-    p.add_argument("--studies", required=True, help="studies.jsonl with labels")
-    p.add_argument("--images", default=".", help="folder that the image paths are relative to (default: %(default)s)")
-    p.add_argument("--task_file", help="task.json; without it MIMIC-CXR's 14 findings")
-    p.add_argument("--split", default="test", help="which studies (default: %(default)s)")
-    p.add_argument("--student", action="append", required=True, help="NAME=FOLDER or FOLDER (or a hub id); may be given several times")
-    p.add_argument("--prompt", choices=("student", "teacher"), default="student", help="teacher: Appendix B's, which names the diagnosis")
-    p.add_argument("--max_pixels", type=int, default=1024 * 28 * 28, help="pixels per image, 784 make a token (default: %(default)s)")
-    p.add_argument("--max_new_tokens", type=int, default=1024, help="tokens of an answer (default: %(default)s)")
-    p.add_argument("--batch_size", type=int, default=32, help="studies per forward (default: %(default)s)")
-    p.add_argument("--num_workers", type=int, default=0, help="processes per rank that load images (default: %(default)s)")
-    p.add_argument("--seed", type=int, default=0, help="of the sampled answers (default: %(default)s)")
-    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="weights in bf16")
-    p.add_argument("--output", help="results.json to write")
-    p.add_argument("--json", action="store_true", help="end with one line of JSON")
-    p = commands.add_parser("ablation", help="the scale model's ladder beside the paper's Table 5")
-    p.add_argument("results", help="results.json of demo.py ladder")
-    p.add_argument("--json", action="store_true", help="end with one line of JSON")
-    return parser.parse_args(argv)
 
 
 def named_students(given):
@@ -205,58 +168,273 @@ def named_students(given):
     return folders
 
 
-def run(args):
-    """-> {row: score}; prints the table."""
-    task = data.load_task(args.task_file)
-    folders = named_students(args.student)
-    inputs = (args.studies, *([args.task_file] if args.task_file else []), *folders.values())
-    settings = {**vars(args), "sha256": [checkpoint.fingerprint(path) for path in inputs]}
-    if args.output and Path(args.output).exists():
-        before = json.loads(Path(args.output).read_text())
-        if before["settings"] == settings:
-            training.say(f"{args.output} holds these results already\n" + before["table"])
-            if args.json:
-                training.say(json.dumps({"rows": before["rows"]}))
-            return before["rows"]
-    studies = [s for s in data.read_studies(args.studies, task, args.split) if s.labels]
+def run_classify(args):
+    folders, train = named_students(args.student), []
+    if args.task:
+        bench = benchmarks.ms_cxr_t(args.ms_cxr_t, args.images, args.task, args.chexpert_csv, args.blank)
+    else:
+        task = data.load_task(args.task_file)
+        studies = [s for s in data.read_studies(args.studies, task, args.split) if s.labels]
+        if not studies:
+            raise ValueError(f"{args.studies}: no study of split {args.split!r} has labels, expected some to score against")
+        train = [s for s in data.read_studies(args.studies, task) if s.split == "train"]
+        bench = benchmarks.Benchmark(args.studies, task, args.images, studies)
+    studies, task, missing = benchmarks.with_images(bench).studies, bench.task, bench.missing
+    before, settings, parts = results.begin(args, (args.studies, args.task_file, *folders.values()), [bench])
+    if before:
+        return results.end(args, before, known=True)
+    if args.mode == "options":  # every row is scored on the classes that a question offers
+        offered = set(next(iter(questions.closed_questions(task).values()))[1].values())
+        outside = sum(value not in offered for study in studies for value in study.labels.values())
+        for study in studies:
+            study.labels = {finding: value for finding, value in study.labels.items() if value in offered}
+        if outside:
+            bench.notes.append(f"{outside} labels left out that are none of {', '.join(map(str, sorted(offered)))}")
+        studies = [study for study in studies if study.labels]
     if not studies:
-        raise ValueError(f"{args.studies}: no study of split {args.split!r} has labels, expected some to score against")
-    train = [s for s in data.read_studies(args.studies, task) if s.split == "train"]
+        raise ValueError(f"{bench.name}: no study has both labels and images; {'; '.join(missing[:3])}")
+    if twice := {"label prior", "majority class", "vote of the teachers", "always no", *data.teacher_names(studies)} & set(folders):
+        raise ValueError(f"--student {min(twice)}: names another row of the table, expected a name of its own")
+    failed, ours = {}, {}
+    for at, (name, path) in enumerate(folders.items()):
+        ours[name] = classify(path, studies, task, args, name, parts and parts / str(at), failed)
+    missing += [f"{key}: {why}" for key, why in failed.items()]
     rows = baselines(studies, train, task)
-    if twice := sorted(set(rows) & set(folders)):
-        raise ValueError(f"--student {twice[0]}: names another row of the table, expected a name of its own")
-    for name, path in folders.items():
-        rows[name] = classify(path, studies, task, args, name)
-    first = [finding for finding in TABLE_5_FINDINGS if finding in task.findings]
-    text = table(rows, [*first, *(f for f in task.findings if f not in first)], TABLE_5 if first else None)
+    if args.task == "presence":
+        rows["always no"] = score([dict.fromkeys(task.findings, 0)] * len(studies), studies, task)
+    rows |= ours
+    first = [finding for finding in FIVE if finding in task.findings]
+    lines = [table(rows, [*first, *(f for f in task.findings if f not in first)], (TABLE_1 if args.task else TABLE_5) if first else None)]
+    share = {finding: {"n": count.total(), **{str(value): count[value] / count.total() for value in task.classes}}
+             for finding, count in label_counts(studies, task).items()}
+    lines += [f"{finding}: " + ", ".join(f"{value} {figure}" if value == "n" else f"{value} {figure:.3f}" for value, figure in shares.items())
+              for finding, shares in share.items()]
     for name in folders:
-        text += f"\n{name}: voices, greedy {rows[name]['greedy']['styles']}, sampled {rows[name]['sampled']['styles']}"
-    training.say(text)
-    if args.output:
-        results = {"settings": settings, "rows": rows, "table": text}
-        training.on_rank_zero(lambda: checkpoint.write_text(Path(args.output), json.dumps(results, indent=1) + "\n"))
-    if args.json:
-        training.say(json.dumps({"rows": rows}))
-    return rows
+        for mode, result in rows[name].items():
+            lines += with_intervals(name, mode, result)
+        if args.mode == "parse":
+            lines.append(f"{name}: voices, greedy {rows[name]['greedy']['styles']}, sampled {rows[name]['sampled']['styles']}")
+    text = "\n".join([*lines, *bench.notes])
+    return results.end(args, {"settings": settings, "rows": rows, "prevalence": share, "missing": missing, "table": text})
 
 
-def ablation(args):
-    """Prints the ladder. Raises ValueError if the file is none of `demo.py ladder`."""
+def run_reports(args):
+    folders = named_students(args.student)
+    if args.annotation:
+        bench = benchmarks.annotation(args.annotation, args.images, args.split)
+    elif args.reports:
+        bench = benchmarks.mimic_reports(args.reports, args.images, args.split, args.section)
+    else:
+        studies = [study for study in data.read_studies(args.studies, data.CHEST, args.split) if study.report]
+        bench = benchmarks.Benchmark(args.studies, data.CHEST, args.images, studies)
+    studies, missing = benchmarks.with_images(bench).studies, bench.missing
+    before, settings, parts = results.begin(args, folders.values(), [bench])
+    if before:
+        return results.end(args, before, known=True)
+    failed, written, meteor = {}, {}, None
     try:
-        results = json.loads(Path(args.results).read_text(encoding="utf-8"))
-        text = ladder_table(results)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise ValueError(f"{args.results}: not the results.json of demo.py ladder: {error!r}") from None
+        meteor = Meteor(args.meteor)
+    except FileNotFoundError as error:
+        missing.append(str(error))
+    for at, (name, path) in enumerate(folders.items()):
+        encoder = data.Encoder(path, data.CHEST, args.images, args.max_pixels)
+        model = student.load(path, torch.bfloat16 if args.bf16 else torch.float32, training.init())
+        texts = answers(model, encoder, studies, data.CHEST, 0.0, args.seed, args.batch_size, args.max_new_tokens, args.prompt, args.num_workers,
+                        name, parts and parts / str(at), failed)
+        written[name] = dict(zip((study.id for study in studies), texts))
+    missing += [f"{key}: {why}" for key, why in failed.items()]
+    studies = [study for study in studies if study.id not in failed]
+    if not studies:
+        raise ValueError(f"{bench.name}: no study has both a report and its image; {'; '.join(missing[:3])}")
+    rows = {name: score_reports([texts[study.id] for study in studies], [study.report for study in studies], args.clean, meteor, args.uncertain)
+            for name, texts in written.items()}
+    ours = {name: [row.get(key) for key in TEXT_METRICS] for name, row in rows.items()}
+    lines = [paper_tables.beside(3, ours), paper_tables.beside(7, ours),
+             f"{len(studies)} reports; cleaning: {args.clean}, no cut at 99 words, no <unk>; findings: of the texts as written, "
+             f"uncertain counts as {args.uncertain}"]
+    lines += [paper_tables.report_line(name, row) for name, row in rows.items()]
+    return results.end(args, {"settings": settings, "rows": rows, "missing": missing, "table": "\n".join([*lines, *bench.notes])})
+
+
+def score_reports(texts, references, clean, meteor, uncertain):
+    """Text metrics of reports, cleaned as `clean` says, and precision, recall and F1 of the positive findings in them as written."""
+    cleaned = clean_r2gen if clean == "r2gen" else str
+    hypotheses, others = ({str(i): [cleaned(t)] for i, t in enumerate(some)} for some in (texts, references))
+    row = dict(zip(TEXT_METRICS, (*bleu(hypotheses, others).corpus, rouge_l(hypotheses, others).corpus)))
+    row["METEOR"] = meteor.score(hypotheses, others).corpus if meteor else None
+    row["CIDEr"] = cider(hypotheses, others).corpus
+    row["findings"] = finding_scores(*([data.read_classes(t, data.CHEST) for t in some] for some in (texts, references)), uncertain)
+    words = lambda some: fmean(len(t.split()) for t in some)
+    return row | {"n": len(texts), "words": words(texts), "reference_words": words(references), "example": texts[0]}
+
+
+def run_zeroshot(args):
+    folders, benches, missing = named_students(args.student), [], []
+    for folder, read in ((args.open_i, benchmarks.open_i), (args.chestx_ray14, benchmarks.chestx_ray14),
+                         (args.chexpert, lambda folder: benchmarks.chexpert(folder, args.chexpert_labels)),
+                         (args.chestx_det10, benchmarks.chestx_det10)):
+        if folder:
+            try:
+                benches.append(benchmarks.with_images(read(folder)))
+            except FileNotFoundError as error:
+                missing.append(str(error))
+    if not any(bench.studies for bench in benches):
+        missing += [f"{bench.name}: {what}" for bench in benches for what in bench.missing[:3]]
+        raise ValueError("; ".join(missing) or "expected some of --open_i, --chestx_ray14, --chexpert, --chestx_det10")
+    before, settings, parts = results.begin(args, folders.values(), benches)
+    if before:
+        return results.end(args, before, known=True)
+    rows, lines = {name: {} for name in folders}, []
+    for at, (name, path) in enumerate(folders.items()):
+        model = student.load(path, torch.bfloat16 if args.bf16 else torch.float32, training.init())
+        for bench in benches:
+            failed, encoder = {}, data.Encoder(path, bench.task, bench.images, args.max_pixels)
+            out = questions.ask(model, encoder, bench.studies, questions.closed_questions(bench.task), parts and parts / str(at) / bench.name,
+                                args.num_workers, failed, f"{name}, {bench.name}")
+            bench.studies = [study for study in bench.studies if study.id in out]
+            bench.missing += [f"{key}: {why}" for key, why in failed.items()]
+            odds = {key: {finding: options["yes"] - options["no"] for finding, options in answer.items()} for key, answer in out.items()}
+            if odds:
+                rows[name][bench.name] = aucs(bench, odds, args.views)
+                lines += paper_tables.auc_lines(f"{name}, {bench.name}", rows[name][bench.name])
+    missing += [f"{bench.name}: {what}" for bench in benches for what in bench.missing]
+    lines += [f"{bench.name}: {note}" for bench in benches for note in bench.notes]
+    lines.append(paper_tables.beside(4, {name: [row.get(dataset, {}).get("macro") for dataset in ZERO_SHOT] for name, row in rows.items()}))
+    return results.end(args, {"settings": settings, "rows": rows, "missing": missing, "table": "\n".join(lines)})
+
+
+def aucs(bench, odds, views="max"):
+    """odds: {study id: {finding: log P(yes) - log P(no)}} -> AUC per class and "macro", their mean over bench.headline. An image without a
+    label does not count for its class. CheXpert also "per_study", the macro with one score a study: the max or mean over its `views`."""
+    def columns(units):
+        """units: [(labels, scores)] -> {finding: labels}, {finding: scores} over the units that have its label."""
+        of = {finding: [unit for unit in units if finding in unit[0]] for finding in bench.task.findings}
+        return ({finding: [given[at][finding] for given in some] for finding, some in of.items() if some} for at in (0, 1))
+
+    def headline(labels, predicted):
+        names = [finding for finding in bench.headline if finding in labels]
+        return scores.macro_auc({name: labels[name] for name in names}, {name: predicted[name] for name in names})
+
+    labels, predicted = columns([(study.labels, odds[study.id]) for study in bench.studies])
+    macro = headline(labels, predicted)
+    out = {"n": len(bench.studies), "macro": macro.value, "classes": len(macro.per_class) - macro.left_out, "left_out": macro.left_out,
+           "auc": scores.macro_auc(labels, predicted).per_class, "labels": {name: len(values) for name, values in labels.items()},
+           "positive": {name: sum(values) for name, values in labels.items()}}
+    groups = {}
+    for study in bench.studies:
+        if study.record:
+            groups.setdefault(study.record["group"], []).append(study)
+    if groups:
+        pool = max if views == "max" else fmean
+        pooled = [(group[0].labels, {f: pool(odds[study.id][f] for study in group) for f in bench.task.findings}) for group in groups.values()]
+        out |= {"per_study": headline(*columns(pooled)).value, "studies": len(groups), "views": views}
+    return out
+
+
+def run_tables(args):
+    """Every table of the paper with what results files hold beside it."""
+    ours = paper_tables.collect(args.results)
+    training.say("\n\n".join(paper_tables.beside(number, rows) for number, rows in ours.items()))
+    if args.json:
+        training.say(json.dumps({"tables": ours}))
+    return ours
+
+
+def run_ablation(args):
+    """The scale model's ladder, with its claims, beside the paper's Table 5."""
+    results, text = paper_tables.read_ladder(args.results)
     training.say(text)
     if args.json:
         training.say(json.dumps(results))
+    return results
+
+
+def add_student_arguments(p, answers=True):
+    """The flags of all commands that ask a student, and those of its answers."""
+    p.add_argument("--student", action="append", required=True, help="NAME=FOLDER or FOLDER (or a hub id); may be given several times")
+    p.add_argument("--max_pixels", type=int, default=1024 * 28 * 28, help="pixels per image, 784 make a token (default: %(default)s)")
+    p.add_argument("--num_workers", type=int, default=0, help="processes per rank that load images (default: %(default)s)")
+    p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="weights in bf16")
+    p.add_argument("--strict", action="store_true", help="exit with 1 if anything is missing")
+    p.add_argument("--output", help="results.json to write; the same command goes on where it stopped")
+    p.add_argument("--json", action="store_true", help="end with one line of JSON")
+    if answers:
+        p.add_argument("--max_new_tokens", type=int, default=1024, help="tokens of an answer (default: %(default)s)")
+        p.add_argument("--batch_size", type=int, default=32, help="studies per forward of generated answers (default: %(default)s)")
+        p.add_argument("--seed", type=int, default=0, help="of the sampled answers and the bootstrap (default: %(default)s)")
+        p.add_argument("--split", default="test", help="which studies: train, validate, test (default: %(default)s)")
+
+
+def parse(argv=None):
+    parser = argparse.ArgumentParser(description="What the paper measures.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("classify", help="top-1 accuracy per finding: MS-CXR-T, or any studies.jsonl with labels",
+                            description="Top-1 accuracy per finding, beside the label prior, teachers and vote. One of --studies and --task.")
+    p.add_argument("--studies", help="studies.jsonl with labels")
+    p.add_argument("--task_file", help="task.json of --studies; without it MIMIC-CXR's 14 findings")
+    p.add_argument("--task", choices=("progression", "presence"), help="MS-CXR-T: the course over two films, or presence on the current one")
+    p.add_argument("--ms_cxr_t", help="MS_CXR_T_temporal_image_classification_v1.0.0.csv")
+    p.add_argument("--chexpert_csv", help="mimic-cxr-2.0.0-chexpert.csv.gz, the labels of presence")
+    p.add_argument("--blank", choices=("exclude", "negative"), default="exclude", help="findings not mentioned, for presence (default: %(default)s)")
+    p.add_argument("--images", default=".", help="folder that the image paths are relative to; of MIMIC-CXR-JPG for --task (default: %(default)s)")
+    p.add_argument("--mode", choices=("options", "parse"), default="options",
+                   help="options: the most probable option of a closed question; parse: generated text, read back (default: %(default)s)")
+    p.add_argument("--prompt", choices=("student", "teacher"), default="student", help="teacher: Appendix B's, which names the diagnosis")
+    p.add_argument("--bootstrap", type=int, default=1000, help="resamples for the 95%% intervals, 0: none (default: %(default)s)")
+    add_student_arguments(p)
+
+    p = commands.add_parser("reports", help="report generation on MIMIC-CXR: BLEU, ROUGE-L, METEOR, CIDEr, findings",
+                            description="Reports written greedily, against the references' findings sections.")
+    source = p.add_mutually_exclusive_group(required=True)
+    source.add_argument("--annotation", help="R2Gen's annotation.json; --images is the folder of its image_path, MIMIC-CXR-JPG's files/")
+    source.add_argument("--reports", help="folder of mimic-cxr-reports; --images is MIMIC-CXR-JPG with its split and metadata csv")
+    source.add_argument("--studies", help='studies.jsonl with "report"')
+    p.add_argument("--images", default=".", help="see above (default: %(default)s)")
+    p.add_argument("--section", choices=("findings", "impression", "both"), default="findings", help="reference of --reports (default: %(default)s)")
+    p.add_argument("--clean", choices=("r2gen", "none"), default="r2gen", help="of both texts before BLEU and the others (default: %(default)s)")
+    p.add_argument("--uncertain", choices=("negative", "positive", "ignore"), default="negative", help="what -1 counts as (default: %(default)s)")
+    p.add_argument("--meteor", help="folder with meteor-1.5.jar and data/paraphrase-en.gz (default: that of an installed pycocoevalcap)")
+    p.add_argument("--prompt", choices=("report", "student"), default="report", help="what is asked (default: %(default)s)")
+    add_student_arguments(p)
+
+    p = commands.add_parser("zeroshot", help="AUC per class on Open-I, ChestX-ray14, CheXpert, ChestX-Det10",
+                            description="Yes/no log-odds, all questions of an image in one forward. A dataset that is not named is not run.")
+    p.add_argument("--open_i", help="folder of Open-I: ecgen-radiology/*.xml and the PNGs")
+    p.add_argument("--chestx_ray14", help="folder of ChestX-ray14: test_list.txt, Data_Entry_2017*.csv and the images")
+    p.add_argument("--chexpert", help="folder of CheXpert, the one that holds valid/ or test/")
+    p.add_argument("--chexpert_labels", help="its label file (default: the first below it of groundtruth.csv, test_labels.csv, valid.csv)")
+    p.add_argument("--views", choices=("max", "mean"), default="max", help="CheXpert: one score of a study's views (default: %(default)s)")
+    p.add_argument("--chestx_det10", help="folder of ChestX-Det10: test.json and the images")
+    add_student_arguments(p, answers=False)
+
+    p = commands.add_parser("tables", help="all tables of the paper beside ours", description=run_tables.__doc__)
+    p.add_argument("results", nargs="*", help="--output files of classify, reports and zeroshot")
+    p.add_argument("--json", action="store_true", help="end with one line of JSON")
+    p = commands.add_parser("ablation", help="the scale model's ladder beside Table 5", description=run_ablation.__doc__)
+    p.add_argument("results", help="results.json of demo.py ladder")
+    p.add_argument("--json", action="store_true", help="end with one line of JSON")
+    args = parser.parse_args(argv)
+    if args.command == "classify":
+        if bool(args.studies) == bool(args.task):
+            parser.error("classify: expected one of --studies and --task")
+        if args.task and not args.ms_cxr_t or args.task == "presence" and not args.chexpert_csv:
+            parser.error(f"--task {args.task}: expected --ms_cxr_t" + (" and --chexpert_csv" if args.task == "presence" else ""))
+        if args.task and args.prompt == "teacher":
+            parser.error("--prompt teacher names the labels, expected only with --studies")
+    return args
+
+
+def run(args):
+    """Runs a command and prints its table -> {row: figures}."""
+    commands = {"classify": run_classify, "reports": run_reports, "zeroshot": run_zeroshot, "tables": run_tables, "ablation": run_ablation}
+    return commands[args.command](args)
 
 
 def main():
     args = parse()
     training.init()
     try:
-        ablation(args) if args.command == "ablation" else run(args)
+        run(args)
     finally:
         training.close()
 

@@ -189,7 +189,10 @@ class PackedStudent(nn.Module):
     def logps(self, batch):
         branch = batch["branch"]
         i = torch.arange(branch.shape[1], device=branch.device)
-        sees = (i[:, None] >= i) & ((branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None]))  # (B, S, S)
+        sees = (branch[:, None, :] == 0) | (branch[:, None, :] == branch[:, :, None])  # (B, S, S)
+        if "parent" in batch:  # branches on branches, see questions.py
+            sees |= branch[:, None, :] == batch["parent"][:, :, None]
+        sees &= i[:, None] >= i
         hidden = self.model.model(input_ids=batch["ids"], position_ids=batch["position_ids"], attention_mask=sees[:, None],
                                   pixel_values=batch["pixel_values"], image_grid_thw=batch["image_grid_thw"],
                                   use_cache=False).last_hidden_state

@@ -5,6 +5,7 @@ metrics/, see bench_metrics.py.
     python tests/bench.py step --device cuda --size 7b         the 7B shape with random weights, lengths of the paper's Appendix B
     python tests/bench.py sample                               folded against plain attention in decoding
     python tests/bench.py metrics                              BLEU, ROUGE-L, CIDEr and METEOR beside the oracles
+    python tests/bench.py evaluate                             14 questions in one packed row against a forward for each
 
 A step is one study and one update (forward, backward, clip, AdamW) with gradient checkpointing:
     packed      student.PackedStudent with the cached reference, Eq. 11
@@ -42,6 +43,7 @@ import transformers  # noqa: E402
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 
 import apo  # noqa: E402
+import questions  # noqa: E402
 import student  # noqa: E402
 import training  # noqa: E402
 
@@ -320,10 +322,52 @@ def sample(args):
     return {"time_vs_plain": ratios[0]}
 
 
+@torch.no_grad()
+def evaluate(args):
+    """The closed questions of one image in one packed row (questions.option_logps) against one forward per question, image included.
+
+    A question has 17 tokens with the turn's end (Qwen's for 'Does this chest X-ray show a pneumothorax?') and is answered by 'yes' or 'no' in
+    four spellings of a token each; both ways read these eight log-probs and have to agree."""
+    torch.set_num_threads(args.threads)
+    model, study, g = build(args.size, args.device), make_study(args.size), torch.Generator().manual_seed(2)
+    prefix, vocabulary = study["prefix_ids"], model.config.text_config.vocab_size
+    prefix = prefix[:int((prefix == model.config.vision_end_token_id).nonzero()[-1]) + 1]
+    words = lambda n: torch.randint(1, vocabulary - 8, (n,), generator=g)
+    asked, spellings = [words(17) for _ in range(args.questions)], [words(1) for _ in range(8)]
+    example = {**study, "prefix_ids": prefix, "responses": asked, "spelled": [(u, ids) for u in range(args.questions) for ids in spellings],
+               "owners": [(u, option) for u in range(args.questions) for option in range(8)]}
+    inputs = student.to({key: study[key] for key in ("pixel_values", "image_grid_thw")}, args.device)
+
+    def separate():
+        found = {}
+        for u, question in enumerate(asked):
+            ids = torch.cat([prefix, question])[None].to(args.device)
+            types = (ids == model.config.image_token_id).int()
+            logits = model(input_ids=ids, mm_token_type_ids=types, use_cache=False, logits_to_keep=1, **inputs).logits
+            logps = logits[0, -1].float().log_softmax(-1)
+            found[u] = {option: logps[ids].item() for option, ids in enumerate(spellings)}
+        return found
+
+    ways, seconds, answers = {"packed": lambda: questions.option_logps(model, example), "separate": separate}, {"packed": [], "separate": []}, {}
+    for _ in range(1 + args.repeats):
+        for name, way in ways.items():
+            start = clock(args.device)
+            answers[name] = way()
+            seconds[name].append(clock(args.device) - start)
+    differ = max(abs(answers["packed"][u][o] - answers["separate"][u][o]) for u in range(args.questions) for o in range(8))
+    ratio = statistics.median(b / a for a, b in zip(seconds["packed"][1:], seconds["separate"][1:]))
+    print(f"{args.size} on {args.device}: {args.questions} questions behind {len(prefix)} tokens of image and prompt; "
+          f"log-probs differ by {differ:.1e}")
+    print(f"separate forwards take {ratio:.2f}x the time of packed, {statistics.median(seconds['packed'][1:]):.3f} s an image")
+    if differ > (0.3 if args.device == "cuda" else 1e-4):
+        raise SystemExit("packed and separate questions get other answers")
+    return {"time_vs_separate": ratio}
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     commands = parser.add_subparsers(dest="command", required=True)
-    for command, repeats in ((step, 3), (sample, 3)):
+    for command, repeats in ((step, 3), (sample, 3), (evaluate, 5)):
         p = commands.add_parser(command.__name__, help=command.__doc__.splitlines()[0], description=command.__doc__)
         p.set_defaults(run=command)
         p.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="default: %(default)s")
@@ -335,6 +379,8 @@ def main():
             p.add_argument("--modes", nargs="+", choices=tuple(TRAIN), help="what trains (default: all; at 7b not full, which needs 124 GiB)")
             p.add_argument("--no_trl", action="store_true", help="leave TRL out, as where it is not installed")
             p.add_argument("--trl_pairs", type=int, default=1, help="pairs per forward of TRL, a divisor of N (default: %(default)s)")
+        elif command is evaluate:
+            p.add_argument("--questions", type=int, default=14, help="findings asked about (default: %(default)s)")
         else:
             p.add_argument("--batch", type=int, default=32, help="prompts at a time (default: %(default)s)")
             p.add_argument("--new_tokens", type=int, help="per prompt (default: as in the longest response)")

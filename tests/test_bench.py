@@ -84,6 +84,23 @@ def test_metrics(tmp_path):
     assert min(report.values()) >= 0 and report["meteor_pair_ms"] > 0 and "the jar needs Java" in text and "in 2 reports of Open-I" in text
 
 
+def test_evaluate():
+    text, report = bench_output("evaluate", "--size", "tiny", "--repeats", "1")
+    assert set(report) == {"time_vs_separate"} and "14 questions" in text
+
+
+def test_evaluate_notices_other_answers():
+    """Questions whose branches stand in wrong places are not compared."""
+    done = run("-c", """if True:
+        import sys
+        import bench
+        right = bench.student.pack
+        bench.student.pack = lambda *a: {**right(*a), "position_ids": right(*a)["position_ids"] + right(*a)["branch"]}
+        sys.argv = ["bench.py", "evaluate", "--size", "tiny", "--repeats", "1"]
+        bench.main()""")
+    assert done.returncode == 1 and "other answers" in done.stderr, done.stdout + done.stderr
+
+
 @pytest.mark.parametrize("train, expected", [("lora", (2, 3, 1)), ("full", (3, 4, 4))])
 def test_step_flops(train, expected):
     """PACKED.md's arithmetic for 7B: 2 * 6.525e9 a token, 4 * 3584 * 28 an attended pair, 2 * 0.545e9 a head token, 5.65e12 an image."""

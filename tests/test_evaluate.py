@@ -91,12 +91,12 @@ def cells(text):
     return {line[:34].strip(): {ends[34 + m.end()]: float(m[0]) for m in re.finditer(r"\S+", line[34:])} for line in lines}
 
 
-FIVE = dict(zip(evaluate.TABLE_5_FINDINGS, (0.81, 0.62, 0.73, 0.94, 0.55)))
+FIVE = dict(zip(evaluate.FIVE, (0.81, 0.62, 0.73, 0.94, 0.55)))
 
 
 def test_the_table_puts_every_figure_below_its_name():
     rows = {"teacher": scores(**FIVE), "student": {"greedy": scores(**{**FIVE, "Edema": 0.25}), "sampled": {"mean": 0.5}}}
-    out = cells(evaluate.table(rows, evaluate.TABLE_5_FINDINGS, evaluate.TABLE_5))
+    out = cells(evaluate.table(rows, evaluate.FIVE, evaluate.TABLE_5))
     assert out["teacher"] == {"Con.": 0.81, "PE": 0.62, "Pna.": 0.73, "Pnx.": 0.94, "Ede.": 0.55, "mean": 0.73, "unread": 0.125}
     assert out["student"] == {"Con.": 0.81, "PE": 0.62, "Pna.": 0.73, "Pnx.": 0.94, "Ede.": 0.25, "mean": 0.67, "sampled": 0.5, "unread": 0.125}
     assert out["paper: SPD, all teachers + APO"] == {"Con.": 0.84, "PE": 0.67, "Pna.": 0.78, "Pnx.": 0.96, "Ede.": 0.65, "mean": 0.78}
@@ -110,7 +110,7 @@ def test_the_table_leaves_out_findings_that_nobody_has_and_marks_what_one_row_la
 
 def test_the_papers_figures_stay_below_their_findings_when_the_data_lack_one():
     some = {name: value for name, value in FIVE.items() if name != "Pneumonia"}
-    out = cells(evaluate.table({"student": scores(**some)}, evaluate.TABLE_5_FINDINGS, evaluate.TABLE_5))
+    out = cells(evaluate.table({"student": scores(**some)}, evaluate.FIVE, evaluate.TABLE_5))
     assert out["paper: SPD, all teachers + APO"]["Ede."] == 0.65
 
 
@@ -158,7 +158,7 @@ def chatter(tmp_path_factory, world, base, encoder):
         file.write(json.dumps({"id": "t", "image": "films/test-00000.png", "labels": {"ace": "unsaid"}, "split": "train"}) + "\n")
         file.write(json.dumps({"id": "n", "image": "films/test-00000.png", "split": "validate"}) + "\n")
     return ["classify", "--studies", folder / "studies.jsonl", "--images", world, "--task_file", folder / "task.json", "--student", f"random={base}",
-            "--max_new_tokens", "40", "--batch_size", "3", "--no-bf16"]
+            "--max_new_tokens", "40", "--batch_size", "3", "--no-bf16", "--mode", "parse", "--bootstrap", "20"]
 
 
 def command(capsys, monkeypatch, *flags):

@@ -11,7 +11,7 @@ import pytest
 import data
 import demo_ladder
 import demo_world
-import evaluate
+import paper_tables
 
 
 def mini(out, **more):
@@ -29,7 +29,7 @@ def test_every_row_is_there_once_with_its_modes(ladder):
     out, results = ladder
     assert [cell["row"] for cell in results["cells"]] == list(demo_ladder.ROWS)
     for cell in results["cells"]:
-        modes = evaluate.modes(cell)
+        modes = paper_tables.modes(cell)
         given, texts = cell["row"] in demo_ladder.ROWS[:10], cell["row"].startswith("t+")
         assert set(modes) == ({"given"} if given else {"greedy", "sampled"} if texts else set(demo_ladder.MODES)), cell["row"]
         for score in modes.values():
@@ -142,4 +142,4 @@ def test_the_ablation_table_prints_ladder_and_paper(ladder, script):
 def test_another_file_is_no_ladder(tmp_path):
     (tmp_path / "x.json").write_text('{"cells": 3}')
     with pytest.raises(ValueError, match=r"x\.json: not the results\.json of demo\.py ladder"):
-        evaluate.ablation(argparse.Namespace(results=tmp_path / "x.json", json=False))
+        paper_tables.read_ladder(tmp_path / "x.json")

@@ -54,7 +54,8 @@ def test_all_stages_run_on_real_films_and_give_the_same_twice(script, tmp_path):
                "--max_new_tokens", 160, "--temperature", 0.7)
         script("apo.py", *inputs, "--student", out / "spd" / "student", "--positives", out / "positives" / "positives.jsonl",
                "--output_dir", out / "apo", "--preset", "demo", "--logging_steps", 1)
-        script("evaluate.py", "classify", *inputs, "--student", out / "apo" / "student", "--output", out / "results.json", "--max_new_tokens", 96)
+        script("evaluate.py", "classify", *inputs, "--student", out / "apo" / "student", "--output", out / "results.json", "--max_new_tokens", 96,
+               "--mode", "parse")
 
     first = {name: [json.loads(line) for line in (tmp_path / "one" / name / "log.jsonl").read_text().splitlines()] for name in ("spd", "apo")}
     assert first["spd"][-1]["loss"] < 0.7 * first["spd"][0]["loss"]

@@ -15,7 +15,7 @@ def test_torchrun_walks_learn_compare_critique_measure(script, run_flags, world,
     script("apo.py", *inputs, "--student", tmp_path / "spd" / "student", "--positives", tmp_path / "positives" / "positives.jsonl",
            "--output_dir", tmp_path / "apo", "--logging_steps", 1, ranks=2)
     out = script("evaluate.py", "classify", *inputs[2:], "--student", f"after APO={tmp_path / 'apo' / 'student'}", "--max_new_tokens", 60,
-                 "--json", ranks=2).stdout
+                 "--mode", "parse", "--json", ranks=2).stdout
 
     spd = [json.loads(line) for line in (tmp_path / "spd" / "log.jsonl").read_text().splitlines()]
     apo = [json.loads(line) for line in (tmp_path / "apo" / "log.jsonl").read_text().splitlines()]
