@@ -2,6 +2,7 @@
 
     python evaluate.py classify --student runs/apo/student --studies studies.jsonl --images files
     torchrun --nproc_per_node=4 evaluate.py classify ...                                    shared over the ranks, same numbers
+    python evaluate.py teachers --studies studies.jsonl                                     how far they drift apart: teachers.py
 
 Each study is answered in the student's own words, greedily and by sampling at temperature 1, and read back by data.read_classes.
 Top-1 accuracy counts the labelled findings whose class was read; one that cannot be read is wrong, and the unread rate says how
@@ -19,6 +20,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import student
+import teachers
 import training
 
 SHORT = {"Atelectasis": "Ate.", "Cardiomegaly": "Car.", "Consolidation": "Con.", "Edema": "Ede.", "Enlarged Cardiomediastinum": "ECM",
@@ -148,6 +150,9 @@ def parse(argv=None):
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="weights in bf16")
     p.add_argument("--output", help="results.json to write")
     p.add_argument("--json", action="store_true", help="end with one line of JSON")
+    p = commands.add_parser("teachers", help="how far the teachers drift apart: Fig. 1a, Table 2, agreement, dependence of their errors",
+                            description="The teachers' texts against labels or reports, and against each other.")
+    teachers.add_arguments(p)
     return parser.parse_args(argv)
 
 
@@ -202,7 +207,7 @@ def main():
     args = parse()
     training.init()
     try:
-        run(args)
+        teachers.run(args, SHORT) if args.command == "teachers" else run(args)
     finally:
         training.close()
 

@@ -44,6 +44,7 @@ drift.json, for tools/report.py (the last line of --json is the same object on o
 """
 
 import argparse
+import contextlib
 import json
 import os
 import sys
@@ -108,9 +109,10 @@ def log_probs(studies, names, task, args):
     encoder = data.Encoder(args.student, task, args.images, args.max_pixels, args.max_tokens)
     known, kept, key = {}, Path(f"{args.output}.logps.jsonl") if args.output else None, reference.key(args, task, studies, names)
     if kept and kept.exists():
-        for line in kept.read_bytes().split(b"\n")[:-1]:  # without what a kill may have torn
-            record = json.loads(line) if line else {}
-            known |= {record["id"]: record["logps"]} if record.get("key") == key else {}
+        for line in kept.read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError):  # a line that a kill tore
+                record = json.loads(line)
+                known |= {record["id"]: record["logps"]} if record["key"] == key else {}
     batches = [studies[i:i + args.batch_size] for i in range(0, len(studies), args.batch_size)]
     todo = [batch for batch in batches if not all(study.id in known for study in batch)]
     packed = student.PackedStudent(student.load(args.student, torch.bfloat16 if args.bf16 else torch.float32, device)) if todo else None
