@@ -24,12 +24,16 @@ dependence of errors    Eq. 3-4 take the teachers for independent. With e_u = 1 
                             interval 95%, percentiles over bootstrap samples of whole studies, as the findings of a study depend on each other
 """
 
+import contextlib
+import functools
 import json
 import re
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 import checkpoint
 import data
@@ -44,9 +48,14 @@ UNCERTAIN = (-1, "uncertain")
 
 # ------------------------------------------------------------------------------------------------------ what was said
 
-def readings(studies, names, task):
-    """-> {teacher: [{finding: class}, or None without a text, of each study]}."""
-    return {name: [data.read_classes(s.trajectories[name], task) if name in s.trajectories else None for s in studies] for name in names}
+def readings(studies, names, task, num_workers=0):
+    """-> {teacher: [{finding: class}, or None without a text, of each study]}. num_workers: processes that read beside this one."""
+    texts = [study.trajectories[name] for name in names for study in studies if name in study.trajectories]
+    read = functools.partial(data.read_classes, task=task)
+    with ProcessPoolExecutor(num_workers) if num_workers else contextlib.nullcontext() as pool:
+        said = pool.map(read, texts, chunksize=64) if pool else map(read, texts)
+        said = iter(tqdm(said, total=len(texts), desc="reading", delay=2, disable=training.rank() > 0))
+        return {name: [next(said) if name in study.trajectories else None for study in studies] for name in names}
 
 
 def truths(studies, task, against):
@@ -228,7 +237,7 @@ def dependence(read, truth, task, given="finding", samples=1000, seed=0):
 
 # ------------------------------------------------------------------------------------------------------------ the whole
 
-def measure(studies, task, against="labels", uncertain="negative", encoder=None, samples=1000, seed=0):
+def measure(studies, task, against="labels", uncertain="negative", encoder=None, samples=1000, seed=0, num_workers=0):
     """-> the object that --output writes and --json prints; against None where there is no truth, then what needs one is None or empty:
 
     {"against", "uncertain", "studies", "similarity": in words,
@@ -238,7 +247,7 @@ def measure(studies, task, against="labels", uncertain="negative", encoder=None,
      "kappa": {"names": [N], "matrix": N x N}, "errors": {"names": [N], "given": [`dependence` of each kind of strata]}}
     """
     names = data.teacher_names(studies)
-    read = readings(studies, names, task)
+    read = readings(studies, names, task, num_workers)
     truth = truths(studies, task, against) if against else [None] * len(studies)
     similarity, kind = similarities(studies, names, encoder)
     rows = {}
@@ -323,6 +332,7 @@ def add_arguments(parser):
     parser.add_argument("--encoder", help="folder or hub id of a text encoder for the similarity (default: TF-IDF)")
     parser.add_argument("--samples", type=int, default=1000, help="bootstrap samples of the studies (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the bootstrap (default: %(default)s)")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that read the texts (default: %(default)s, this one)")
     parser.add_argument("--output", help="teachers.json to write")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
 
@@ -339,7 +349,7 @@ def run(args, short=None):
     if args.against and not there[args.against]:
         raise ValueError(f"{args.studies}: no study has {args.against}, expected some for --against {args.against}")
     against = args.against or next((kind for kind, is_there in there.items() if is_there), None)
-    result = measure(studies, task, against, args.uncertain, args.encoder, args.samples, args.seed)
+    result = measure(studies, task, against, args.uncertain, args.encoder, args.samples, args.seed, args.num_workers)
     training.say(table(result, task, short or {}))
     if args.output:
         training.on_rank_zero(lambda: checkpoint.write_text(Path(args.output), json.dumps(result, indent=1) + "\n"))

@@ -35,6 +35,12 @@ FEW = chest(("Small left pleural effusion. No pneumothorax.", {"Pleural Effusion
             ("Pulmonary edema.", {"Edema": 1}, {"a": "Pulmonary edema."}))
 
 
+def test_texts_are_read_the_same_by_one_process_and_by_several():
+    read = teachers.readings(FEW, ["a", "b"], data.CHEST)
+    assert read == teachers.readings(FEW, ["a", "b"], data.CHEST, num_workers=2)
+    assert read["b"] == [{"Pleural Effusion": 0, "Pneumothorax": 1}, {}, None]
+
+
 def random_readings(rng, count, classes=(1, 0, -1, None), findings=data.CHEST.findings[:6]):
     drawn = rng.choice(np.array(classes, dtype=object), size=(count, len(findings)))
     return [{f: c for f, c in zip(findings, row) if c is not None} for row in drawn]

@@ -40,7 +40,8 @@ drift.json, for tools/report.py (the last line of --json is the same object on o
                          "where": 2500, "id": "s5...",                          the position of the largest statistic, null without an alarm
                          "finding": "Edema",                                    the finding that it comes from, null without an alarm
                          "findings": {finding: {"statistic": its largest, "p", "alarm", "where", "how": "alone" or "with others"}}}}
-     "joint": the same, and "teachers": {name: {"statistic", "p", "alarm", "where", "how"}}, whose relation to the others changed}
+     "joint": the same, and "teachers": {name: {"statistic", "p", "alarm", "where", "how"}}, whose relation to the others changed;
+              null where there is one teacher}
 """
 
 import argparse
@@ -60,6 +61,7 @@ import checkpoint  # noqa: E402
 import data  # noqa: E402
 import reference  # noqa: E402
 import student  # noqa: E402
+import teachers  # noqa: E402
 import training  # noqa: E402
 
 CHUNK = 25  # permutations whose sums are taken in one matrix product
@@ -78,10 +80,10 @@ def ordered(studies, key, path):
     return sorted(studies, key=lambda study: study.record[key])
 
 
-def columns(studies, names, task, on):
+def columns(studies, names, task, on, num_workers=0):
     """on 'errors' or 'findings' -> {finding: (N, n, K)}: what N teachers' texts on n studies say, less its mean; see the docstring of
     this file. 0, the mean, where there is no text or no label. Findings that nobody labels or reads are left out."""
-    read = [[data.read_classes(s.trajectories[name], task) if name in s.trajectories else None for s in studies] for name in names]
+    read = teachers.readings(studies, names, task, num_workers).values()
     out = {}
     for finding in task.findings:
         strata = [s.labels.get(finding) if on == "errors" else "all" for s in studies]
@@ -151,13 +153,13 @@ def own_features(x):
     return grouped(parts, lambda part: [(f, "alone" if len(part) == 1 else "with others") for f in part])
 
 
-def joint_features(x, teachers):
-    """x: {finding: (N, n, K)} -> the same for the teachers' pairs; groups {(finding or teacher, 'of all pairs' or 'with the others')}."""
+def joint_features(x, names):
+    """x: {finding: (N, n, K)} -> the same for the teachers' pairs; groups {(finding, 'all pairs') or (teacher, 'with the others')}."""
     parts = {}
     for finding, column in x.items():
         column = [scaled(c) for c in column]
-        parts |= {(finding, teachers[u], teachers[v]): products(column[u], column[v])
-                  for u in range(len(teachers)) for v in range(u + 1, len(teachers))}
+        parts |= {(finding, names[u], names[v]): products(column[u], column[v])
+                  for u in range(len(names)) for v in range(u + 1, len(names))}
     return grouped(parts, lambda part: [(part[0], "all pairs"), (part[1], "with the others"), (part[2], "with the others")])
 
 
@@ -216,13 +218,13 @@ def statistics(features, groups, edges, places, permutations, seed, progress=Non
     return (out - out.mean(0)) / np.where(spread > 0, spread, 1)
 
 
-def detect(x, teachers, step=None, window=None, permutations=500, alpha=0.05, seed=0, ids=None, quiet=True):
+def detect(x, names, step=None, window=None, permutations=500, alpha=0.05, seed=0, ids=None, quiet=True):
     """x: {finding: (N, n, K)} of `columns`, the stream in order. -> the object of drift.json (docstring of this file)."""
     n = next(iter(x.values())).shape[1]
     edges, places = blocks(n, step, window)
-    streams = {name: own_features({finding: column[u] for finding, column in x.items()}) for u, name in enumerate(teachers)}
-    if len(teachers) > 1:
-        streams[None] = joint_features(x, teachers)
+    streams = {name: own_features({finding: column[u] for finding, column in x.items()}) for u, name in enumerate(names)}
+    if len(names) > 1:
+        streams[None] = joint_features(x, names)
     streams = {name: (features, groups) for name, (features, groups) in streams.items() if groups}
     with tqdm(total=len(streams) * (1 + permutations), desc="orders", disable=quiet) as progress:
         z = {name: statistics(*stream, edges, places, permutations, seed, progress) for name, stream in streams.items()}
@@ -246,7 +248,7 @@ def detect(x, teachers, step=None, window=None, permutations=500, alpha=0.05, se
         at = whole["where"] if whole["alarm"] else None
         result = {**whole, "statistic": real.max(1).tolist(), "where": at, "id": ids[at] if ids and at is not None else None,
                   "finding": max(findings, key=lambda f: findings[f]["statistic"]) if whole["alarm"] else None, "findings": findings}
-        return result | ({"teachers": {of: best[of] for of in teachers if of in best}} if name is None else {})
+        return result | ({"teachers": {of: best[of] for of in names if of in best}} if name is None else {})
 
     allowed = int(alpha * (1 + permutations) + 1e-9)  # so many orders may reach an alarm
     return {"windows": positions, "ids": [ids[at] for at in positions] if ids else None, "threshold": float(np.sort(largest)[::-1][allowed]),
@@ -269,6 +271,7 @@ def parse(argv=None):
     parser.add_argument("--permutations", type=int, default=500, help="random orders of the stream (default: %(default)s)")
     parser.add_argument("--alpha", type=float, default=0.05, help="how likely a stationary stream may raise any alarm (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random orders (default: %(default)s)")
+    parser.add_argument("--num_workers", type=int, default=0, help="processes that read the texts (default: %(default)s, this one)")
     g = parser.add_argument_group("the student's log-probs")
     g.add_argument("--student", help="folder or hub id of a Qwen2.5-VL")
     g.add_argument("--images", default=".", help="folder that the image paths are relative to (default: %(default)s)")
@@ -277,7 +280,7 @@ def parse(argv=None):
     g.add_argument("--max_tokens", type=int, default=8192, help="tokens of a study; longer responses lose their ends (default: %(default)s)")
     g.add_argument("--batch_size", type=int, default=4, help="studies per forward (default: %(default)s)")
     g.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="weights in bf16")
-    parser.add_argument("--output", help="drift.json to write")
+    parser.add_argument("--output", help="drift.json to write; the log-probs are kept beside it")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     args = parser.parse_args(argv)
     for name, least in (("window", 1), ("step", 1), ("permutations", 1), ("batch_size", 1)):
@@ -318,7 +321,7 @@ def run(args):
         studies = ordered(studies, args.order_by, args.studies)
     blocks(len(studies), args.step, args.window)
     on = args.on or ("errors" if any(study.labels for study in studies) else "findings")
-    x = columns(studies, names, task, on)
+    x = columns(studies, names, task, on, args.num_workers)
     if args.student:
         x["log-prob"] = log_probs(studies, names, task, args)
     if not x:
