@@ -54,7 +54,7 @@ def readings(studies, names, task, num_workers=0):
     read = functools.partial(data.read_classes, task=task)
     with ProcessPoolExecutor(num_workers) if num_workers else contextlib.nullcontext() as pool:
         said = pool.map(read, texts, chunksize=64) if pool else map(read, texts)
-        said = iter(tqdm(said, total=len(texts), desc="reading", delay=2, disable=training.rank() > 0))
+        said = iter(list(tqdm(said, total=len(texts), desc="reading", delay=2, disable=training.rank() > 0)))
         return {name: [next(said) if name in study.trajectories else None for study in studies] for name in names}
 
 
