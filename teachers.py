@@ -59,9 +59,9 @@ def readings(studies, names, task, num_workers=0):
 
 
 def truths(studies, task, against):
-    """against 'labels' or 'report' -> [{finding: class}, or None without a report, of each study]."""
+    """against 'labels' or 'report' -> [{finding: class}, or None without any label or a report, of each study]."""
     if against == "labels":
-        return [study.labels for study in studies]
+        return [study.labels or None for study in studies]
     return [data.read_classes(study.report, task) if study.report else None for study in studies]
 
 
@@ -258,7 +258,8 @@ def measure(studies, task, against="labels", uncertain="negative", encoder=None,
                       "words": sum(len(words(text)) for text in texts) / len(texts),
                       "refused": sum(data.is_refusal(text, task) for text in texts) / len(texts),
                       "accuracy": share, "n": n, "mean": sum(share.values()) / len(share) if share else None}
-    matrix = [[kappa(read[a], read[b], task) for b in names] for a in names]
+    pairs = {(a, b): kappa(read[a], read[b], task) for i, a in enumerate(names) for b in names[i:]}
+    matrix = [[pairs.get((a, b), pairs.get((b, a))) for b in names] for a in names]
     given = [dependence(read, truth, task, given, samples, seed) for given in ("finding", "finding and class")]
     return {"against": against, "uncertain": uncertain, "studies": len(studies), "similarity": kind, "teachers": rows,
             "gap": gaps({name: row["accuracy"] for name, row in rows.items()}), "kappa": {"names": names, "matrix": matrix},

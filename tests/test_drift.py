@@ -84,6 +84,7 @@ def test_the_statistic_is_the_formula_of_the_docstring():
 def test_without_a_window_all_before_is_compared_with_all_after():
     edges, places = drift.blocks(103, 10, None)
     assert edges.tolist() == [0, 10, 20, 30, 40, 50, 60, 70, 80, 90, 103] and places == [(0, b, 10) for b in range(1, 10)]
+    assert drift.blocks(100, None, 25)[0].tolist() == [0, 25, 50, 75, 100] and drift.blocks(100, None, 50)[0].tolist() == [0, 25, 50, 75, 100]
     assert drift.blocks(103, 10, 20)[1] == [(b - 2, b, b + 2) for b in range(2, 9)]
 
 
@@ -163,6 +164,12 @@ def test_a_teacher_that_gets_worse_or_begins_to_decline_is_found_by_its_rate(tas
     row = result["teachers"]["glm-4.5v"]
     assert row["alarm"] and row["where"] in (195, 210) and all(found["alarm"] for found in row["findings"].values())
     assert not set(alarms(result)) - {"glm-4.5v", "jointly"}
+
+
+def test_a_teacher_that_is_always_right_is_listed_and_never_alarms():
+    x = {"A": np.stack([np.zeros((40, 1)), np.random.default_rng(0).normal(size=(40, 1))])}
+    row = drift.detect(x, ["right", "other"], permutations=19)["teachers"]["right"]
+    assert (set(row["statistic"]), row["p"], row["alarm"], row["findings"]) == ({0.0}, 1.0, False, {})
 
 
 # ------------------------------------------------------------------------------------------------------------ the command

@@ -76,6 +76,12 @@ def test_against_the_report_its_findings_are_the_truth():
     assert "no labels, no reports" in teachers.table(no_truth, data.CHEST, evaluate.SHORT)
 
 
+def test_a_study_without_any_label_is_no_truth_and_not_all_negative():
+    studies = [*FEW, *chest((None, {}, {"a": "Pulmonary edema.", "b": "Pulmonary edema."}))]
+    before, after = (teachers.measure(some, data.CHEST, "labels")["teachers"]["b"] for some in (FEW, studies))
+    assert (after["fp"], after["texts"]) == (before["fp"], 3)
+
+
 def test_tf_idf_is_that_of_scikit_learn_and_words_of_no_report_count_against_a_text():
     reports = ["small left effusion", "no effusion , no edema", "edema is mild", "the heart is large"]
     text = "Mild edema; no effusion, the effusion is small"

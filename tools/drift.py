@@ -145,7 +145,7 @@ def scaled(x):
 
 def products(a, b):
     """(n, J), (n, K) -> (n, J K) scaled products."""
-    return scaled((a[:, :, None] * b[:, None, :]).reshape(len(a), -1))
+    return scaled((a[:, :, None] * b[:, None, :]).reshape(len(a), a.shape[1] * b.shape[1]))
 
 
 def own_features(x):
@@ -182,7 +182,7 @@ def grouped(parts, groups_of):
 def blocks(n, step, window):
     """-> edges of the blocks that sums are taken over, [(left, middle, right)] in blocks, what is compared at each position.
     Raises ValueError where nothing can be compared."""
-    step = step or (max(1, window // 2) if window else max(1, n // 20))
+    step = step or (window // (1 + (window % 2 == 0)) if window else max(1, n // 20))
     if window and window % step:
         raise ValueError(f"--window {window} --step {step}: expected a window that is a multiple of the step")
     count = n // step
@@ -197,6 +197,8 @@ def blocks(n, step, window):
 def statistics(features, groups, edges, places, permutations, seed, progress=None):
     """features (n, D), scaled. -> (1 + permutations, positions, groups) float64; row 0 is the real order. See the docstring of this file."""
     n, D = features.shape
+    if not groups:  # a teacher whose texts never differ in anything cannot drift
+        return np.zeros((1 + permutations, len(places), 1))
     rng = np.random.default_rng(seed)
     left, middle, right = np.array(places).T
     n_a, n_b = edges[middle] - edges[left], edges[right] - edges[middle]
@@ -229,7 +231,6 @@ def detect(x, names, step=None, window=None, permutations=500, alpha=0.05, seed=
     streams = {name: own_features({finding: column[u] for finding, column in x.items()}) for u, name in enumerate(names)}
     if len(names) > 1:
         streams[None] = joint_features(x, names)
-    streams = {name: (features, groups) for name, (features, groups) in streams.items() if groups}
     with tqdm(total=len(streams) * (1 + permutations), desc="orders", disable=quiet) as progress:
         z = {name: statistics(*stream, edges, places, permutations, seed, progress) for name, stream in streams.items()}
     largest = np.max([s.max((1, 2)) for s in z.values()], 0)  # over all positions, groups and teachers, of each order
@@ -256,7 +257,7 @@ def detect(x, names, step=None, window=None, permutations=500, alpha=0.05, seed=
 
     allowed = int(alpha * (1 + permutations) + 1e-9)  # so many orders may reach an alarm
     return {"windows": positions, "ids": [ids[at] for at in positions] if ids else None, "threshold": float(np.sort(largest)[::-1][allowed]),
-            "alpha": alpha, "permutations": permutations, "studies": n, "teachers": {name: stream(name) for name in z if name is not None},
+            "alpha": alpha, "permutations": permutations, "studies": n, "teachers": {name: stream(name) for name in names},
             "joint": stream(None) if None in z else None}
 
 
@@ -271,7 +272,7 @@ def parse(argv=None):
     parser.add_argument("--order_by", metavar="KEY", help="order the stream by this number or text of each record (default: the file's order)")
     parser.add_argument("--on", choices=("errors", "findings"), help="what of the texts is compared (default: errors where there are labels)")
     parser.add_argument("--window", type=int, metavar="W", help="compare W studies with the next W (default: all before with all after)")
-    parser.add_argument("--step", type=int, help="studies from one position to the next (default: half a window, or a 20th of the stream)")
+    parser.add_argument("--step", type=int, help="studies from one position to the next (default: half an even window, or a 20th of the stream)")
     parser.add_argument("--permutations", type=int, default=500, help="random orders of the stream (default: %(default)s)")
     parser.add_argument("--alpha", type=float, default=0.05, help="how likely a stationary stream may raise any alarm (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the random orders (default: %(default)s)")
