@@ -32,7 +32,8 @@ shares change while the spread of a teacher's errors depends on the label (three
 the scale model's world 'class', 80 studies: 15 of 150 streams alarm at .05; the same with stationary labels: 11).
 
 What texts alone cannot show: a change that leaves the joint distribution of all texts and labels as it was, such as every teacher of the
-scale model turning by pi, so that each errs on the opposite films. It needs the films, which --student sees.
+scale model turning by pi, so that each errs on the opposite films. That takes the films, which --student sees, as well as the student
+knows the teachers' errors on them: the scale model's does not know them well enough (800 studies, change at 400: no alarm).
 
 drift.json, for tools/report.py (the last line of --json is the same object on one line):
 
