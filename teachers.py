@@ -10,7 +10,7 @@ precision, recall, F1   of positive findings, micro over all (study, finding) pa
 similarity              to the report: cosine of TF-IDF vectors (the words' idf from the reports), or of mean hidden states (--encoder)
 words, refused          mean length of a text; share of texts that decline and find nothing
 accuracy                per finding, Table 2: the class that is read equals the truth's, over the studies whose truth names the finding and for
-                        which the teacher gave a text; what cannot be read is wrong. (evaluate.py classify counts a missing text as wrong too.)
+                        which the teacher gave a text (evaluate.py classify counts a missing one as wrong); what cannot be read is wrong
 gap                     accuracy of the best teacher less that of the worst
 kappa                   Cohen's, between two teachers: per finding over the studies that both answered, not naming it being a class of its
                         own; mean over the findings where it is defined
