@@ -20,6 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from paper_tables import TABLE_2
+
 FINDINGS = {"Consolidation": "consolidation", "Pleural Effusion": "effusion", "Pneumonia": "pneumonia",
             "Pneumothorax": "pneumothorax", "Edema": "edema"}                  # name in the labels -> word in the reports
 GRADES = ("absent", "mild", "severe")
@@ -28,16 +30,8 @@ WORLDS = ("nuisance", "class", "independent")
 NUISANCE = ("exposure", "heart", "ribs", "tilt", "height", "tube")             # each in [0, 1]; the tube is there or not
 SIZE = 112                                                                     # pixels: 8 x 8 patches of 14, merged to 16 image tokens
 
-# The teachers of the paper's Table 2: top-1 accuracy on consolidation, effusion, pneumonia, pneumothorax, edema.
-TABLE2 = {
-    "gpt-5":       (0.75, 0.68, 0.89, 0.90, 0.52),
-    "gemini-2.5":  (0.28, 0.61, 0.40, 0.94, 0.42),
-    "sonnet-4":    (0.89, 0.69, 0.48, 0.15, 0.15),
-    "qwen-vl-max": (0.54, 0.65, 0.40, 0.95, 0.64),
-    "grok-4":      (0.43, 0.41, 0.36, 0.97, 0.61),
-    "glm-4.5v":    (0.59, 0.67, 0.52, 0.96, 0.72),
-    "moonshot":    (0.13, 0.46, 0.77, 0.88, 0.19),
-}
+# The paper's teachers: top-1 accuracy on consolidation, effusion, pneumonia, pneumothorax, edema.
+TABLE2 = {name.lower(): figures[:5] for name, figures in TABLE_2.items() if name != "Ours"}
 TEACHERS = tuple(TABLE2)
 
 # How each teacher talks. `extras` are remarks on things that nobody asked about and that no label judges; no phrase here may hold a grade word.

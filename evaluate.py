@@ -4,6 +4,7 @@
     python evaluate.py classify --student ... --task progression --ms_cxr_t MS_CXR_T_...csv --images mimic-cxr-jpg         (Table 1)
     python evaluate.py reports  --student ... --annotation annotation.json --images mimic-cxr-jpg/files                (Tables 3, 7)
     python evaluate.py zeroshot --student ... --open_i DIR --chestx_ray14 DIR --chexpert DIR --chestx_det10 DIR            (Table 4)
+    python evaluate.py teachers --studies studies.jsonl                        how far they drift apart, teachers.py (Fig. 1a, Table 2)
     python evaluate.py tables results.json ...                                          every table of the paper with ours beside it
     torchrun --nproc_per_node=4 evaluate.py ...                                             shared over the ranks, the same numbers
 
@@ -28,6 +29,7 @@ import paper_tables
 import questions
 import results
 import student
+import teachers
 import training
 from metrics import scores
 from metrics.findings import finding_scores
@@ -410,6 +412,8 @@ def parse(argv=None):
     p = commands.add_parser("tables", help="all tables of the paper beside ours", description=run_tables.__doc__)
     p.add_argument("results", nargs="*", help="--output files of classify, reports and zeroshot")
     p.add_argument("--json", action="store_true", help="end with one line of JSON")
+    teachers.add_arguments(commands.add_parser("teachers", help="how far the teachers drift apart: Fig. 1a, Table 2",
+                                               description="The teachers' texts against labels or reports, and against each other."))
     p = commands.add_parser("ablation", help="the scale model's ladder beside Table 5", description=run_ablation.__doc__)
     p.add_argument("results", help="results.json of demo.py ladder")
     p.add_argument("--json", action="store_true", help="end with one line of JSON")
@@ -426,7 +430,8 @@ def parse(argv=None):
 
 def run(args):
     """Runs a command and prints its table -> {row: figures}."""
-    commands = {"classify": run_classify, "reports": run_reports, "zeroshot": run_zeroshot, "tables": run_tables, "ablation": run_ablation}
+    commands = {"classify": run_classify, "reports": run_reports, "zeroshot": run_zeroshot, "teachers": teachers.run, "tables": run_tables,
+                "ablation": run_ablation}
     return commands[args.command](args)
 
 
