@@ -1,0 +1,58 @@
+"""The paper's own figures, as printed: Tables 1-5 and 7, all rows; None is the paper's '-'. `beside` prints ours with them.
+
+The paper disagrees with itself: its text gives 0.76 where Table 1 has 0.78, and 'Ours' differs between Tables 3 and 7. The averages are
+its own too; they are not always the mean of the figures beside them.
+"""
+
+FIVE = ("Consolidation", "Pleural Effusion", "Pneumonia", "Pneumothorax", "Edema")  # the columns of Tables 1, 2 and 5, before 'Avg.'
+TEXT_METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "METEOR")  # of Tables 3 and 7; CIDEr is in their captions only
+ZERO_SHOT = ("Open-I", "ChestX-ray14", "CheXpert", "ChestX-Det10")
+
+TABLE_1 = {"CTrans": (0.44, 0.61, 0.45, 0.32, 0.66, 0.49), "CheXRelNet": (0.47, 0.47, 0.47, 0.36, 0.49, 0.45),
+           "BioViL": (0.56, 0.63, 0.60, 0.43, 0.68, 0.58), "BioViL-T": (0.61, 0.67, 0.62, 0.43, 0.69, 0.60),
+           "Med-ST": (0.61, 0.67, 0.59, 0.65, 0.54, 0.61), "TempA-VLP": (0.65, 0.59, 0.73, 0.43, 0.77, 0.64),
+           "CoCa-CXR": (0.70, 0.70, 0.61, 0.73, 0.72, 0.69), "Ours": (0.84, 0.67, 0.78, 0.96, 0.65, 0.78)}
+
+TABLE_2 = {"GPT-5": (0.75, 0.68, 0.89, 0.90, 0.52, 0.75), "Gemini-2.5": (0.28, 0.61, 0.40, 0.94, 0.42, 0.53),
+           "Sonnet-4": (0.89, 0.69, 0.48, 0.15, 0.15, 0.47), "Qwen-VL-Max": (0.54, 0.65, 0.40, 0.95, 0.64, 0.64),
+           "Grok-4": (0.43, 0.41, 0.36, 0.97, 0.61, 0.56), "GLM-4.5V": (0.59, 0.67, 0.52, 0.96, 0.72, 0.69),
+           "Moonshot": (0.13, 0.46, 0.77, 0.88, 0.19, 0.48), "Ours": (0.84, 0.67, 0.78, 0.96, 0.65, 0.78)}
+
+TABLE_3 = {"METransformer": (0.386, 0.250, 0.169, 0.124, 0.291, 0.152), "R2GenGPT": (0.408, 0.256, 0.174, 0.125, 0.285, 0.167),
+           "PromptMRG": (0.398, None, None, 0.112, 0.268, 0.157), "BtspLLM": (0.402, 0.262, 0.180, 0.128, 0.291, 0.175),
+           "MambaXray": (0.422, 0.268, 0.184, 0.133, 0.289, 0.167), "Ours": (0.463, 0.272, 0.210, 0.152, 0.298, 0.213)}
+
+TABLE_4 = {"BioViL": (0.70, 0.73, 0.79, 0.71), "CheXzero": (0.76, 0.73, 0.88, 0.71), "MedKLIP": (0.76, 0.73, 0.88, 0.71),
+           "KAD": (0.81, 0.79, 0.91, 0.74), "CARZero": (0.84, 0.81, 0.92, 0.80), "Ours": (0.85, 0.83, 0.92, 0.81)}
+
+TABLE_5 = {"SPD, one teacher": (0.78, 0.58, 0.70, 0.95, 0.31, 0.66), "SPD, all teachers": (0.77, 0.49, 0.69, 0.94, 0.51, 0.68),
+           "SPD, all teachers + APO": (0.84, 0.67, 0.78, 0.96, 0.65, 0.78)}
+
+TABLE_7 = {"METransformer": (0.386, 0.250, 0.169, 0.124, 0.291, 0.152), "R2GenGPT": (0.408, 0.256, 0.174, 0.125, 0.285, 0.167),
+           "BtspLLM": (0.402, 0.262, 0.180, 0.128, 0.291, 0.175), "MambaXray": (0.422, 0.268, 0.184, 0.133, 0.289, 0.167),
+           "CounterfactRFT": (0.426, 0.288, 0.186, 0.155, 0.421, 0.286), "Ours": (0.563, 0.372, 0.270, 0.192, 0.298, 0.213)}
+
+CLASSIFICATION = ("Con.", "PE", "Pna.", "Pnx.", "Ede.", "Avg.")
+TABLES = {1: ("MS-CXR-T, top-1 accuracy", CLASSIFICATION, TABLE_1),
+          2: ("MS-CXR-T, top-1 accuracy of the teachers", CLASSIFICATION, TABLE_2),
+          3: ("MIMIC-CXR, report generation", TEXT_METRICS, TABLE_3),
+          4: ("zero-shot AUC, macro", ZERO_SHOT, TABLE_4),
+          5: ("ablation, MS-CXR-T, top-1 accuracy", CLASSIFICATION, TABLE_5),
+          7: ("MIMIC-CXR, report generation", TEXT_METRICS, TABLE_7)}
+
+
+def beside(number, ours):
+    """Table `number` as text: the paper's rows, then ours below the same columns.
+
+    ours: {row: figures}, a figure None where it was not measured; empty: one row 'not run'."""
+    title, columns, paper = TABLES[number]
+    lines = [f"Table {number}. {title}", f"{'':44}" + "".join(f"{column:>14}" for column in columns)]
+    digits = 3 if columns is TEXT_METRICS else 2
+    lines += [f"{'paper: ' + name:44}" + "".join(_cell(figure, digits, "-") for figure in figures) for name, figures in paper.items()]
+    for name, figures in (ours or {"": [None] * len(columns)}).items():
+        lines.append(f"{('here: ' + name).rstrip(': '):44}" + "".join(_cell(figure, 3, "not run") for figure in figures))
+    return "\n".join(lines)
+
+
+def _cell(figure, digits, absent):
+    return f"{absent:>14}" if figure is None else f"{figure:>14.{digits}f}"
