@@ -18,8 +18,11 @@ from PIL import Image
 TOOLS = Path(__file__).resolve().parent.parent / "tools"
 sys.path.insert(0, str(TOOLS))
 
+import answers  # noqa: E402
 import charts  # noqa: E402
 import report  # noqa: E402
+
+import evaluate  # noqa: E402
 
 HOSTILE = ('<script>alert(1)</script>"\'><img src=x onerror=alert(2)> `code` | a & b &lt; </style></title></svg><!-- ]]> '
            'http://evil.example javascript:x')
@@ -39,13 +42,19 @@ def write_inputs(folder, world, name="gpt-5", text=None):
     dump("results.json", {"settings": {"split": "test", "student": [name]}, "table": "",
                           "rows": {"label prior": score(), name: score(), "grok-4": score(), "vote of the teachers": score(),
                                    "SPD, all teachers": student, f"a {name}": student}})
-    figures = {"precision": 0.7, "recall": 0.6, "f1": 0.65, "similarity": None, "length": 30.5, "refusals": 0.01, "accuracy": ACCURACY}
-    dump("teachers.json", {"teachers": {name: figures, "grok-4": figures}, "kappa": {"names": [name, "grok-4"], "matrix": [[1, -0.2], [-0.2, None]]}})
+    figures = {"precision": 0.7, "recall": 0.6, "f1": 0.65, "similarity": None, "words": 30.5, "refused": 0.01, "accuracy": ACCURACY}
+    wrong = {"observed": 3, "expected": 1.5, "ratio": 2.0, "interval": [1.25, 3.5]}
+    dump("teachers.json", {"teachers": {name: figures, "grok-4": figures}, "kappa": {"names": [name, "grok-4"], "matrix": [[1, -0.2], [-0.2, None]]},
+                           "against": "labels", "similarity": name, "studies": 8, "uncertain": "negative",
+                           "errors": {"names": [name, "grok-4"], "given": [{"given": "finding", "pairs": 9, "phi": [[1, 0.3], [0.3, 1]], "all": wrong,
+                                                                            "most": {**wrong, "ratio": None, "interval": None}}]}})
     still = {"statistic": [0.5, -0.2, 0.1], "p": 0.7, "alarm": False, "where": None, "id": None, "finding": None}
     moved = {"statistic": [1.0, 5.0, 2.0], "p": 0.01, "alarm": True, "where": 100, "id": f"s {name}", "finding": "Edema"}
     dump("drift.json", {"windows": [50, 100, 150], "threshold": 3.5, "alpha": 0.05, "permutations": 99, "studies": 200,
                         "teachers": {name: still, "grok-4": moved}, "joint": still})
-    dump("ladder.json", {"cells": [{"row": f"row {name}", "world": name, "seed": seed, "greedy": {"mean": 0.5 + 0.1 * seed}} for seed in range(3)]})
+    cells = [{"row": f"row {name}", "world": name, "seed": seed, "greedy": {"mean": 0.5 + 0.1 * seed}} for seed in range(3)]
+    claim = {"claim": f"{name} helps", "world": name, "mode": "greedy", "mean": 0.125, "low": None, "high": None, "paper": 0.02, "values": [0.125]}
+    dump("ladder.json", {"cells": [*cells, {"row": "label prior", "world": name, "seed": 0, "given": {"mean": 0.4}}], "claims": [claim]})
     (folder / "log.jsonl").write_text("".join(json.dumps({"step": step, "loss": float(rng.random()), f"loss/{name}": 1.0 / step,
                                                           "rewards/accuracies": 0.5}) + "\n" for step in range(10, 60, 10)))
     studies = [json.loads(line) for line in (world / "studies.jsonl").read_text().splitlines()]
@@ -192,7 +201,8 @@ def test_tables_2_and_5_stand_beside_ours(full):
     page = full[2]
     mean = panel(page, "Table 5: Mean of the five")
     assert "SPD, one teacher: ours not run, the paper&#x27;s 0.66; SPD, all teachers: ours 0.50, the paper&#x27;s 0.68;" in mean
-    assert "GPT-5" not in page and "gpt-5: ours 0.25, the paper&#x27;s 0.68" in panel(page, "Table 2: Pleural Effusion (PE)")
+    assert "GPT-5" not in page  # its row has our name of it
+    assert "gpt-5: ours 0.25, the paper&#x27;s 0.68" in panel(page, "Table 2: Pleural Effusion (PE)")
     assert "Moonshot: ours not run, the paper&#x27;s 0.19" in panel(page, "Table 2: Edema (Ede.)")
 
 
@@ -203,6 +213,16 @@ def test_a_mean_needs_all_five(full, tmp_path):
     page, _ = make(tmp_path, str(tmp_path / "results.json"))
     assert "SPD, all teachers: ours not run" in panel(page, "Table 5: Mean of the five")
     assert "SPD, all teachers: ours 0.50" in panel(page, "Table 5: Consolidation (Con.)")
+
+
+def test_options_and_intervals_of_evaluate_are_shown(full, tmp_path):
+    results = json.loads(Path(full[1][0]).read_text())
+    interval = {**dict.fromkeys(ACCURACY, [0.1, 0.9]), "Edema": None, "mean": [0.4, 0.6]}
+    results["rows"]["SPD, all teachers"] = {"options": score(top1={"value": ACCURACY, "interval": interval})}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    page, _ = make(tmp_path, str(tmp_path / "results.json"))
+    whiskers = [panel(page, f"Table 5: {heading}").count('"whisker"') for heading in ("Consolidation (Con.)", "Edema (Ede.)", "Mean of the five")]
+    assert whiskers == [1, 0, 1]
 
 
 def test_the_alarm_is_marked_and_named(full):
@@ -216,7 +236,20 @@ def test_the_alarm_is_marked_and_named(full):
 
 
 def test_the_ladder_shows_mean_and_spread(full):
-    assert "row gpt-5 (n = 3): ours 0.60" in panel(full[2], "Ladder: gpt-5, greedy")
+    drawn = panel(full[2], "Ladder: gpt-5, greedy")
+    assert "row gpt-5 (n = 3): ours 0.60; label prior (n = 1): ours 0.40" in drawn and drawn.count('"whisker"') == 2
+    words = Checked(full[2]).words
+    assert words[words.index("gpt-5 helps"):][:7] == ["gpt-5 helps", "gpt-5", "greedy", "0.125", "\u2013", "\u2013", "0.02"]
+
+
+def test_dependence_of_errors_is_shown_where_it_was_measured(full, tmp_path):
+    folder, flags, page, _ = full
+    words = Checked(page).words
+    assert words[words.index("all wrong, given the finding"):][:5] == ["all wrong, given the finding", "3", "1.5", "2.00", "1.25 to 3.50"]
+    teachers = json.loads((folder / "teachers.json").read_text())
+    del teachers["errors"]
+    (tmp_path / "teachers.json").write_text(json.dumps(teachers))
+    assert "Correlation of errors" not in make(tmp_path, flags[0], f"--teachers={tmp_path / 'teachers.json'}")[0]
 
 
 def test_kappa_figures_stand_in_the_cells(full):
@@ -307,6 +340,14 @@ def test_every_drawing_says_what_it_shows(full):
     for svg in re.findall(r"<svg.*?</svg>", page):
         assert 'aria-hidden="true"' in svg or re.search(r'role="img"><title>[^<]+</title><desc>[^<]+</desc>|role="img" style="[^"]*"><title>', svg)
     assert all(f'alt="film of study test-{i:05d}"' in page for i in (3, 4, 5))
+
+
+def test_answers_are_those_of_evaluate(base, world, task, studies, model, encoder, tmp_path):
+    flags = [f"--student={base}", f"--studies={world / 'studies.jsonl'}", f"--images={world}", f"--task_file={world / 'task.json'}"]
+    texts = answers.run(answers.parse([*flags, "--limit=3", "--max_new_tokens=8", f"--output={tmp_path / 'a.jsonl'}"]))
+    test = [study for study in studies if study.split == "test"][:3]
+    assert list(texts.values()) == evaluate.answers(model, encoder, test, task, 0.0, max_new_tokens=8)
+    assert report.read_texts(tmp_path / "a.jsonl", "text") == texts and list(texts) == [study.id for study in test]
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

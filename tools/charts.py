@@ -90,20 +90,20 @@ def bars(title, rows, paper=True):
 
 def matrix(title, names, values):
     """A square of values in -1..1, None where undefined. The deeper the hue the larger the value; negative ones have an outline."""
-    cell, left, top = 42, 130, 26
+    cell, left, top = 38, 112, 26
     parts, said = [], []
     for i, name in enumerate(names):
-        parts += [text(left - 24, top + cell * i + 26, short(name, 14), None, "end"), text(left - 8, top + cell * i + 26, i + 1, None, "end"),
+        parts += [text(left - 24, top + cell * i + 23, short(name, 14), None, "end"), text(left - 8, top + cell * i + 23, i + 1, None, "end"),
                   text(left + cell * (i + 0.5), top - 8, i + 1, None, "middle")]
         for j, other in enumerate(names):
             value, x, y = number(values[i][j]), left + cell * j, top + cell * i
             depth = min(abs(value or 0), 1.0)
             kind = "negative" if (value or 0) < 0 else "cell"
             parts += [tag("rect", x=x + 1, y=y + 1, width=cell - 2, height=cell - 2, fill_opacity=depth, class_=kind),
-                      text(x + cell / 2, y + 26, show(value), "strong" if depth > 0.55 else None, "middle")]
+                      text(x + cell / 2, y + 23, show(value), "value strong" if depth > 0.55 else "value", "middle")]
             said += [f"{name} with {other}: {show(value, 2, 'undefined')}"] if i < j else []
     width = left + cell * len(names) + 2
-    return svg(width, top + cell * len(names) + 2, title, "; ".join(said), parts, style=f"min-width:{min(width, 400)}px;max-width:{width}px")
+    return svg(width, top + cell * len(names) + 2, title, "; ".join(said), parts, style=f"min-width:{left + 30 * len(names)}px;max-width:{width}px")
 
 
 def ticks(low, high, log=False, most=6):

@@ -8,8 +8,8 @@
         --studies studies.jsonl --images DIR --positives positives.jsonl --answers NAME=answers.jsonl
                                                                           gallery: film, truth, each teacher, t+, the students
 
-positives.jsonl holds {"id", "t_plus"} and answers.jsonl {"id", "text"}, one line a study. What was not given is named on the page, with
-the command that writes it. The same inputs give the same bytes.
+positives.jsonl is selfdistill.py's, answers.jsonl that of tools/answers.py. What was not given is named on the page, with the command
+that writes it. The same inputs give the same bytes.
 
 Names and texts come from models and strangers, so nothing in them may act: `tag` escapes whatever is not Markup, films are decoded
 and encoded anew, and the page's own policy forbids scripts and everything from outside. Nothing here needs torch.
@@ -42,7 +42,7 @@ REMEDY = {
     "log": "no --log NAME=RUN/log.jsonl; spd.py and apo.py write it.",
     "studies": "no --studies, with --images, --positives and --answers.",
     "positives": "no --positives; selfdistill.py --split {split} writes t+ of these studies.",
-    "answers": 'no --answers NAME=FILE, {{"id", "text"}} a line; results.json keeps scores, not every text.',
+    "answers": "no --answers NAME=FILE; tools/answers.py --student FOLDER --split {split} --output FILE writes it.",
 }
 
 # ------------------------------------------------------------------------------------------------------- reading the inputs
@@ -131,44 +131,49 @@ def film(path, root, side=448):
 # ---------------------------------------------------------------------------------------------------------------- sections
 
 def plain(name):
-    """GPT-5 and gpt-5 are one teacher."""
+    """gpt-5 and GPT-5-nano are Table 2's GPT-5."""
     return "".join(c for c in name.casefold() if c.isalnum())
 
 
-def greedy(row):
-    """A student's row holds a score for each way to answer, any other row is its score."""
-    return row.get("greedy", row)
+def is_student(row):
+    return "options" in row or "greedy" in row
+
+
+def main_score(row):
+    """The score of a row that the page shows: a student has several, by how it was asked."""
+    return row.get("options") or row.get("greedy") or row
 
 
 def teachers_of(rows):
     """The rows of results.json that are teachers: neither students nor evaluate's own baselines."""
-    return [name for name, row in rows.items() if "greedy" not in row and not name.startswith(("label prior", "vote of the teachers"))]
+    return [name for name, row in rows.items() if not is_student(row) and not name.startswith(("label prior", "vote of the teachers", "always no"))]
 
 
 def all_rows(rows):
-    findings = list(dict.fromkeys(finding for row in rows.values() for finding in greedy(row)["accuracy"]))
+    findings = list(dict.fromkeys(finding for row in rows.values() for finding in main_score(row)["accuracy"]))
     body = []
     for name, row in rows.items():
-        score, sampled = greedy(row), row.get("sampled") or {}
+        score, sampled = main_score(row), row.get("sampled") or {}
         figures = [*(score["accuracy"].get(finding) for finding in findings), score.get("mean"), sampled.get("mean"), score.get("unread")]
         body.append([name, *(show(figure, 3) for figure in figures)])
-    about = "Top-1 accuracy, answered greedily; the mean is over the findings of the row. Unread: the share of answers without a readable class."
+    about = ("Top-1 accuracy; the mean is over the findings of the row. Sampled: the same student at temperature 1. "
+             "Unread: the share of answers without a readable class.")
     return join([tag("p", about), table("all rows", ["row", *(SHORT.get(f, f) for f in findings), "mean", "mean, sampled", "unread"], body)])
 
 
 def beside_paper(title, ours, theirs):
-    """A panel for each of the five findings and for their mean, the paper's rows first, in its order. ours: {row: {finding: accuracy}};
-    theirs: {row: five figures and the printed average}. Our mean is over the same five, or there is none."""
-    mine = {plain(row): accuracy for row, accuracy in ours.items()}
-    names = {plain(row): row for row in theirs} | {plain(row): row for row in ours}
+    """A panel for each of the five findings and for their mean, the paper's rows first, in its order. ours: {row: score}; theirs: {row: five
+    figures and the printed average}. Our mean is over the same five, or there is none; whiskers are evaluate's intervals, where it made them."""
     drawn = []
     for column, heading in enumerate([*(f"{finding} ({SHORT[finding]})" for finding in FIVE), "Mean of the five"]):
         rows = []
-        for key, name in names.items():
-            five = [number(mine.get(key, {}).get(finding)) for finding in FIVE]
+        for name in [*theirs, *(name for name in ours if name not in theirs)]:
+            score = ours.get(name, {"accuracy": {}})
+            five = [number(score["accuracy"].get(finding)) for finding in FIVE]
             value = five[column] if column < 5 else sum(five) / 5 if None not in five else None
-            printed = next((figures for row, figures in theirs.items() if plain(row) == key), [None] * 6)
-            rows.append((name, value, printed[column], None))
+            intervals = (score.get("top1") or {}).get("interval") or {}
+            interval = intervals.get(FIVE[column]) if column < 5 else intervals.get("mean") if set(score["accuracy"]) == set(FIVE) else None
+            rows.append((name, value, theirs[name][column] if name in theirs else None, interval))
         drawn.append((heading, bars(f"{title}: {heading}", rows)))
     key = tag("p", tag("span", class_="swatch ours"), " ours ", tag("span", class_="swatch paper"),
               " the paper's, on MS-CXR-T. Top-1 accuracy.", class_="small")
@@ -176,29 +181,48 @@ def beside_paper(title, ours, theirs):
 
 
 def ablation(rows):
-    ours = {name: greedy(row)["accuracy"] for name, row in rows.items() if "greedy" in row}
-    return join([tag("p", "The student after each stage, answering greedily."), beside_paper("Table 5", ours, TABLE_5)])
+    ours = {name: main_score(row) for name, row in rows.items() if is_student(row)}
+    return join([tag("p", "The student after each stage."), beside_paper("Table 5", ours, TABLE_5)])
 
 
 def teacher_accuracy(rows, teachers):
     """teachers.json knows best; what it lacks comes from results.json."""
-    ours = {name: greedy(rows[name])["accuracy"] for name in teachers_of(rows)}
-    ours |= {name: row["accuracy"] for name, row in (teachers or {"teachers": {}})["teachers"].items() if row.get("accuracy")}
-    ours |= {FINAL: greedy(rows[FINAL])["accuracy"]} if FINAL in rows else {}
-    theirs = {(FINAL if name == "Ours" else name): figures for name, figures in TABLE_2.items()}
+    ours = {name: main_score(rows[name]) for name in teachers_of(rows)}
+    ours |= {name: row for name, row in (teachers or {"teachers": {}})["teachers"].items() if row.get("accuracy")}
+    ours |= {FINAL: main_score(rows[FINAL])} if FINAL in rows else {}
+    theirs = {}
+    for row, figures in TABLE_2.items():
+        same = [FINAL] if row == "Ours" else [name for name in ours if plain(row) in plain(name)]
+        theirs |= dict.fromkeys(same or [row], figures)
     return join([tag("p", "Each teacher, and the student that learnt from all of them."), beside_paper("Table 2", ours, theirs)])
 
 
 def teacher_texts(teachers):
-    columns = {"precision": 3, "recall": 3, "f1": 3, "similarity": 3, "length": 1, "refusals": 3}
+    columns = {"texts": 0, "precision": 3, "recall": 3, "f1": 3, "similarity": 3, "words": 1, "refused": 3}
     body = [[name, *(show(row.get(key), digits) for key, digits in columns.items())] for name, row in teachers["teachers"].items()]
-    return table("findings in the teachers' texts", ["teacher", "precision", "recall", "F1", "similarity to the report", "length", "refusals"], body)
+    known = lambda key: teachers.get(key) or "?"
+    about = (f"{known('studies')} studies, against: {known('against')}; an uncertain finding counts as {known('uncertain')}; similarity to the "
+             f"report: {known('similarity')}. Words: mean length of a text. Refused: the share that declines.")
+    head = ["teacher", "texts", "precision", "recall", "F1", "similarity", "words", "refused"]
+    return join([tag("p", about), table("findings in the teachers' texts", head, body)])
 
 
-def agreement(kappa):
-    title = "Agreement between the teachers, Cohen's kappa"
-    return join([tag("p", "Cohen's kappa of what two teachers say: 1 is full agreement, 0 what chance gives, negative (outlined) less than chance."),
-                 scroll(title, matrix(title, kappa["names"], kappa["matrix"]))])
+def agreement(kappa, errors):
+    """The kappa matrix; where teachers.json has them, the correlations of the errors, of which Eq. 3-4 assume none, each with its ratios."""
+    drawn = [("Cohen's kappa", matrix("Agreement between the teachers, Cohen's kappa", kappa["names"], kappa["matrix"]))]
+    body = []
+    for one in errors.get("given", ()):
+        heading = f"Correlation of errors, given the {one['given']}"
+        drawn.append((heading, matrix(heading, errors["names"], one["phi"])))
+        for many in ("all", "most"):
+            low, high = one[many]["interval"] or (None, None)
+            body.append([f"{many} wrong, given the {one['given']}", one[many]["observed"], show(one[many]["expected"], 1), show(one[many]["ratio"]),
+                         f"{show(low)} to {show(high)}"])
+    about = ("What two teachers say: kappa 1 is full agreement, 0 what chance gives. Their errors: correlation 0 and ratio 1 if the teachers were "
+             "independent. Negative figures are outlined.")
+    head = ["pairs of study and finding", "observed", "if independent", "ratio", "95% interval"]
+    ratios = table("dependence of errors", head, body) if body else None
+    return join([tag("p", about), panels(*((heading, scroll(heading, drawing)) for heading, drawing in drawn)), ratios])
 
 
 def stream(drift, order):
@@ -214,24 +238,31 @@ def stream(drift, order):
         found = ["\u2013" if s.get(key) is None else s[key] for key in ("where", "id", "finding")]
         body.append([name, "yes" if s.get("alarm") else "no", show(s.get("p"), 4), *found])
     known = lambda key: drift.get(key, "?")
-    about = (f"How unlike the studies before a position are to those from it on, in what each teacher says. {known('studies')} studies, "
-             f"{known('permutations')} permutations, alarms at level {known('alpha')} for all streams at once; a triangle marks the largest value of "
-             "a stream that alarms.")
+    about = (f"How unlike the studies before a position are to those from it on, in what each teacher says: {known('compared')}, on {known('on')}. "
+             f"{known('studies')} studies, {known('permutations')} permutations, alarms at level {known('alpha')} for all streams together; a "
+             "triangle marks the largest value of a stream that alarms.")
     return join([tag("p", about), panels(*drawn), table("drift", ["stream", "alarm", "p, corrected", "studies before", "study", "finding"], body)])
 
 
-def ladder_bars(cells):
-    """A panel for each world and way to answer; bars are means over the seeds, whiskers reach from the lowest seed to the highest."""
+def ladder_bars(ladder):
+    """A panel for each world and way to answer; rows that are no student's ('given') stand in each. Then the claims, paired by seed."""
     found = {}
-    for cell in cells:
-        for mode in ("greedy", "sampled"):
-            if (value := number((cell.get(mode) or {}).get("mean"))) is not None:
-                found.setdefault(f"{cell.get('world', 'scale model')}, {mode}", {}).setdefault(cell["row"], []).append(value)
+    for world in dict.fromkeys(cell["world"] for cell in ladder["cells"]):
+        for mode in ("greedy", "sampled", "voiced"):
+            for cell in ladder["cells"]:
+                value = number((cell.get(mode) or cell.get("given") or {}).get("mean"))
+                if cell["world"] == world and value is not None:
+                    found.setdefault(f"{world}, {mode}", {}).setdefault(cell["row"], []).append(value)
     drawn = []
     for heading, rows in found.items():
         bar = [(f"{name} (n = {len(values)})", sum(values) / len(values), None, (min(values), max(values))) for name, values in rows.items()]
         drawn.append((heading, bars(f"Ladder: {heading}", bar, paper=False)))
-    return join([tag("p", "Mean accuracy over n seeds; the whisker reaches from the lowest seed to the highest."), panels(*drawn)])
+    body = [[claim["claim"], claim["world"], claim.get("mode") or "\u2013", *(show(claim.get(key), 3) for key in ("mean", "low", "high")),
+             show(claim.get("paper"))] for claim in ladder.get("claims") or ()]
+    claims = table("claims", ["claim", "world", "answers", "mean", "95% from", "to", "paper"], body) if body else None
+    about = ("Mean accuracy over n seeds; the whisker reaches from the lowest seed to the highest. Voiced: greedy, behind the opening words of "
+             "one teacher after another.")
+    return join([tag("p", about), panels(*drawn), claims])
 
 
 def styles(names, order):
@@ -321,16 +352,16 @@ def run(args):
     """Reads all inputs, then writes --out, whole or not at all. -> [what the page leaves out].
     Raises ValueError or OSError naming a faulty input."""
     results = read_json(args.results, '{"settings": {}, "rows": {name: {"accuracy": {finding: x}, ...}}} as evaluate.py classify --output writes',
-                        lambda r: r["rows"] and all(isinstance(greedy(row)["accuracy"], dict) for row in r["rows"].values()))
+                        lambda r: r["rows"] and all(isinstance(main_score(row)["accuracy"], dict) for row in r["rows"].values()))
+    square = lambda m: all(len(row) == len(m["names"]) for row in m["matrix"]) and len(m["matrix"]) == len(m["names"])
     teachers = args.teachers and read_json(
         args.teachers, '{"teachers": {name: {"precision", ...}}, "kappa": {"names", "matrix"}} as evaluate.py teachers --output writes',
-        lambda t: all(isinstance(row, dict) for row in t["teachers"].values())
-        and [len(t["kappa"]["names"])] * len(t["kappa"]["names"]) == [len(row) for row in t["kappa"]["matrix"]])
+        lambda t: all(isinstance(row, dict) for row in t["teachers"].values()) and square(t["kappa"]))
     drift = args.drift and read_json(
         args.drift, '{"windows": [N, ...], "teachers": {name: {"statistic": [x, ...], ...}}} as tools/drift.py --output writes',
         lambda d: all(len(s["statistic"]) == len(d["windows"]) for s in [*d["teachers"].values(), *([d["joint"]] if d.get("joint") else [])]))
-    ladder = args.ladder and read_json(args.ladder, '{"cells": [{"row": "...", "greedy": {"mean": x}, ...}]} as demo.py ladder writes',
-                                       lambda c: all(isinstance(cell["row"], str) for cell in c["cells"]))
+    ladder = args.ladder and read_json(args.ladder, '{"cells": [{"world": "...", "seed": N, "row": "...", ...}]} as demo.py ladder writes',
+                                       lambda c: all(isinstance(cell[key], str) for cell in c["cells"] for key in ("row", "world")))
     logs = {name: read_jsonl(path, '{"step": N, ...} as spd.py and apo.py log', lambda r: number(r["step"]) is not None)
             for name, path in named(args.log, "--log").items()}
     studies = read_jsonl(args.studies, '{"id": "...", "image": "...", ...}, a study', is_study) if args.studies else []
@@ -346,16 +377,16 @@ def run(args):
     left_out = []
     for anchor, heading, flag, given, draw in (
             ("texts", "Findings in the teachers' texts", "teachers", teachers, lambda: teacher_texts(teachers)),
-            ("agreement", "Agreement between the teachers", "teachers", teachers, lambda: agreement(teachers["kappa"])),
+            ("agreement", "Agreement between the teachers", "teachers", teachers, lambda: agreement(teachers["kappa"], teachers.get("errors") or {})),
             ("drift", "Drift over the stream", "drift", drift, lambda: stream(drift, order)),
-            ("ladder", "Ladder of ablations", "ladder", ladder, lambda: ladder_bars(ladder["cells"])),
+            ("ladder", "Ladder of ablations", "ladder", ladder, lambda: ladder_bars(ladder)),
             ("training", "Training", "log", logs, lambda: training(logs, order)),
             ("studies", "Studies", "studies", studies, lambda: gallery(studies, args.images, positives, answers, args.gallery))):
         left_out += [] if given else [f"{heading}: {REMEDY[flag]}"]
         sections.append((anchor, heading, draw() if given else tag("p", f"Left out: {REMEDY[flag]}", class_="left-out")))
     for heading, flag, given in (("t+ in the gallery", "positives", positives), ("The students in the gallery", "answers", answers)):
         left_out += [f"{heading}: {REMEDY[flag].format(split=args.split)}"] if studies and not given else []
-    settings = {key: value for key, value in (results.get("settings") or {}).items() if key not in ("sha256", "json", "output")}
+    settings = {key: value for key, value in (results.get("settings") or {}).items() if value is not None and key not in ("sha256", "json", "output")}
     content = page(args.title, settings, sections, left_out)
     out = Path(args.out)
     temporary = out.with_name(f".tmp-{out.name}")
