@@ -306,7 +306,8 @@ def test_a_16_bit_film_keeps_its_range(tmp_path):
 
 
 @pytest.mark.parametrize("file, content, expected", [
-    ("results.json", "{", "results.json: expected"),
+    ("results.json", "{", "results.json: not a JSON file"),
+    ("teachers.json", "{}", "teachers.json: expected"),
     ("results.json", '{"rows": {"a": {"accuracy": 1}}}', "results.json: expected"),
     ("teachers.json", '{"teachers": {}, "kappa": {"names": ["a"], "matrix": [[1, 2]]}}', "teachers.json: expected"),
     ("drift.json", '{"windows": [1, 2], "teachers": {"a": {"statistic": [1]}}}', "drift.json: expected"),
@@ -325,6 +326,30 @@ def test_a_faulty_input_is_named_and_nothing_is_written(tmp_path, world, file, c
     with pytest.raises(ValueError, match=re.escape(expected)):
         make(tmp_path, *flags)
     assert (tmp_path / "report.html").read_text() == "before"
+
+
+def places(value, at=()):
+    """The path to every value inside a JSON value."""
+    yield at
+    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+        yield from places(inner, (*at, key))
+
+
+@pytest.mark.parametrize("name", ["results", "teachers", "drift", "ladder"])
+def test_whatever_stands_in_a_file_gives_a_page_or_an_error_that_names_it(tmp_path, world, name):
+    flags, file = write_inputs(tmp_path, world), tmp_path / f"{name}.json"
+    flags = [flags[0]] + [flag for flag in flags if flag == f"--{name}={file}"]
+    good, junk = file.read_text(), [None, "x", -3, [], {}, True, 10 ** 400, 1e308, [1], {"a": 1}]
+    for i, at in list(enumerate(places(json.loads(good))))[::3]:
+        whole = inner = {"": json.loads(good)}
+        for key in ("", *at)[:-1]:
+            inner = inner[key]
+        inner[("", *at)[-1]] = junk[i % len(junk)]
+        file.write_text(json.dumps(whole[""]))
+        try:
+            make(tmp_path, *flags)
+        except ValueError as error:
+            assert f"{name}.json: expected" in str(error)
 
 
 def test_from_the_command_line_without_torch(full, tmp_path):

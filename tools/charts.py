@@ -36,8 +36,8 @@ def join(parts):
 
 
 def number(value):
-    """A finite number as float, else None."""
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value) else None
+    """A finite number as float, else None; so is one beyond 1e300, which no axis could hold."""
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300 else None
 
 
 def show(value, digits=2, missing="\u2013"):
@@ -89,14 +89,15 @@ def bars(title, rows, paper=True):
 
 
 def matrix(title, names, values):
-    """A square of values in -1..1, None where undefined. The deeper the hue the larger the value; negative ones have an outline."""
+    """A square of values in -1..1, None where undefined. The deeper the hue the larger the value; negative ones have an outline.
+    Raises ValueError if it is no square of the names."""
     cell, left, top = 38, 112, 26
     parts, said = [], []
-    for i, name in enumerate(names):
+    for i, (name, row) in enumerate(zip(names, values, strict=True)):
         parts += [text(left - 24, top + cell * i + 23, short(name, 14), None, "end"), text(left - 8, top + cell * i + 23, i + 1, None, "end"),
                   text(left + cell * (i + 0.5), top - 8, i + 1, None, "middle")]
-        for j, other in enumerate(names):
-            value, x, y = number(values[i][j]), left + cell * j, top + cell * i
+        for j, (other, value) in enumerate(zip(names, row, strict=True)):
+            value, x, y = number(value), left + cell * j, top + cell * i
             depth = min(abs(value or 0), 1.0)
             kind = "negative" if (value or 0) < 0 else "cell"
             parts += [tag("rect", x=x + 1, y=y + 1, width=cell - 2, height=cell - 2, fill_opacity=depth, class_=kind),

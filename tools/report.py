@@ -35,6 +35,12 @@ from paper_tables import FIVE, TABLE_2, TABLE_5  # noqa: E402
 FINAL = "SPD, all teachers + APO"  # Table 2's 'Ours'
 SHORT = dict(zip(FIVE, ("Con.", "PE", "Pna.", "Pnx.", "Ede.")))
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+WHAT = {
+    "results": '{"settings": {...}, "rows": {name: {"accuracy": {finding: x}, ...}}} as evaluate.py classify --output writes',
+    "teachers": '{"teachers": {name: {"precision", ...}}, "kappa": {"names", "matrix"}} as evaluate.py teachers --output writes',
+    "drift": '{"windows": [N, ...], "teachers": {name: {"statistic": [x, ...], ...}}} as tools/drift.py --output writes',
+    "ladder": '{"cells": [{"world": "...", "seed": N, "row": "...", ...}]} as demo.py ladder writes',
+}
 REMEDY = {
     "teachers": "no --teachers; evaluate.py teachers --output teachers.json writes it.",
     "drift": "no --drift; tools/drift.py --output drift.json writes it.",
@@ -48,15 +54,19 @@ REMEDY = {
 # ------------------------------------------------------------------------------------------------------- reading the inputs
 
 
-def read_json(path, what, fits):
-    """A JSON object. Raises ValueError naming the file and `what` was expected unless fits(object)."""
+def read_json(path):
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-        if isinstance(value, dict) and fits(value):
-            return value
-    except (ValueError, RecursionError, TypeError, AttributeError, KeyError):
-        pass
-    raise ValueError(f"{path}: expected {what}")
+        return json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file: {error}") from None
+
+
+def drawn(path, what, draw):
+    """draw(); where it stumbles over the shape of a file, a ValueError that names the file and what was expected."""
+    try:
+        return draw()
+    except (ValueError, KeyError, TypeError, AttributeError, IndexError) as error:
+        raise ValueError(f"{path}: expected {what}; {type(error).__name__}: {error}") from error
 
 
 def read_jsonl(path, what, fits):
@@ -227,8 +237,11 @@ def agreement(kappa, errors):
 
 def stream(drift, order):
     """The statistic at each position, a triangle where a stream that alarms has its largest, and what it names."""
+    positions = [number(position) for position in drift["windows"]]
+    if None in positions:
+        raise ValueError("a position is no number")
     streams = {**drift["teachers"], **({"jointly": drift["joint"]} if drift.get("joint") else {})}
-    curves = {name: list(zip(drift["windows"], s["statistic"])) for name, s in streams.items()}
+    curves = {name: list(zip(positions, s["statistic"], strict=True)) for name, s in streams.items()}
     marks = {name: [s["where"]] for name, s in streams.items() if s.get("alarm")}
     level = ("alarm above", drift["threshold"]) if number(drift.get("threshold")) is not None else None
     drawn = [(heading, lines(f"Drift, {heading}", part, styles(part, order), "studies before", level, marks, allow_log=False))
@@ -351,17 +364,8 @@ def parse(argv=None):
 def run(args):
     """Reads all inputs, then writes --out, whole or not at all. -> [what the page leaves out].
     Raises ValueError or OSError naming a faulty input."""
-    results = read_json(args.results, '{"settings": {}, "rows": {name: {"accuracy": {finding: x}, ...}}} as evaluate.py classify --output writes',
-                        lambda r: r["rows"] and all(isinstance(main_score(row)["accuracy"], dict) for row in r["rows"].values()))
-    square = lambda m: all(len(row) == len(m["names"]) for row in m["matrix"]) and len(m["matrix"]) == len(m["names"])
-    teachers = args.teachers and read_json(
-        args.teachers, '{"teachers": {name: {"precision", ...}}, "kappa": {"names", "matrix"}} as evaluate.py teachers --output writes',
-        lambda t: all(isinstance(row, dict) for row in t["teachers"].values()) and square(t["kappa"]))
-    drift = args.drift and read_json(
-        args.drift, '{"windows": [N, ...], "teachers": {name: {"statistic": [x, ...], ...}}} as tools/drift.py --output writes',
-        lambda d: all(len(s["statistic"]) == len(d["windows"]) for s in [*d["teachers"].values(), *([d["joint"]] if d.get("joint") else [])]))
-    ladder = args.ladder and read_json(args.ladder, '{"cells": [{"world": "...", "seed": N, "row": "...", ...}]} as demo.py ladder writes',
-                                       lambda c: all(isinstance(cell[key], str) for cell in c["cells"] for key in ("row", "world")))
+    results = read_json(args.results)
+    teachers, drift, ladder = (path and read_json(path) for path in (args.teachers, args.drift, args.ladder))
     logs = {name: read_jsonl(path, '{"step": N, ...} as spd.py and apo.py log', lambda r: number(r["step"]) is not None)
             for name, path in named(args.log, "--log").items()}
     studies = read_jsonl(args.studies, '{"id": "...", "image": "...", ...}, a study', is_study) if args.studies else []
@@ -370,23 +374,28 @@ def run(args):
         raise ValueError(f"{args.studies}: no study of split {args.split!r}, expected at least one")
     positives = read_texts(args.positives, "t_plus") if args.positives else {}
     answers = {name: read_texts(path, "text") for name, path in named(args.answers, "--answers").items()}
-    rows, order = results["rows"], teachers_of(results["rows"])
-
-    sections = [("rows", "All rows", all_rows(rows)), ("ablation", "Ablation (Table 5)", ablation(rows)),
-                ("teachers", "Teachers (Table 2)", teacher_accuracy(rows, teachers))]
-    left_out = []
-    for anchor, heading, flag, given, draw in (
-            ("texts", "Findings in the teachers' texts", "teachers", teachers, lambda: teacher_texts(teachers)),
-            ("agreement", "Agreement between the teachers", "teachers", teachers, lambda: agreement(teachers["kappa"], teachers.get("errors") or {})),
-            ("drift", "Drift over the stream", "drift", drift, lambda: stream(drift, order)),
-            ("ladder", "Ladder of ablations", "ladder", ladder, lambda: ladder_bars(ladder)),
-            ("training", "Training", "log", logs, lambda: training(logs, order)),
-            ("studies", "Studies", "studies", studies, lambda: gallery(studies, args.images, positives, answers, args.gallery))):
-        left_out += [] if given else [f"{heading}: {REMEDY[flag]}"]
-        sections.append((anchor, heading, draw() if given else tag("p", f"Left out: {REMEDY[flag]}", class_="left-out")))
+    order = drawn(args.results, WHAT["results"], lambda: teachers_of(results["rows"]))
+    sections, left_out = [], []
+    for anchor, heading, flag, draw in (
+            ("rows", "All rows", "results", lambda: all_rows(results["rows"])),
+            ("ablation", "Ablation (Table 5)", "results", lambda: ablation(results["rows"])),
+            ("teachers", "Teachers (Table 2)", "teachers" if teachers else "results", lambda: teacher_accuracy(results["rows"], teachers)),
+            ("texts", "Findings in the teachers' texts", "teachers", lambda: teacher_texts(teachers)),
+            ("agreement", "Agreement between the teachers", "teachers", lambda: agreement(teachers["kappa"], teachers.get("errors") or {})),
+            ("drift", "Drift over the stream", "drift", lambda: stream(drift, order)),
+            ("ladder", "Ladder of ablations", "ladder", lambda: ladder_bars(ladder)),
+            ("training", "Training", "log", lambda: training(logs, order)),
+            ("studies", "Studies", "studies", lambda: gallery(studies, args.images, positives, answers, args.gallery))):
+        if not getattr(args, flag):
+            content = tag("p", f"Left out: {REMEDY[flag]}", class_="left-out")
+            left_out.append(f"{heading}: {REMEDY[flag]}")
+        else:
+            content = drawn(getattr(args, flag), WHAT[flag], draw) if flag in WHAT else draw()
+        sections.append((anchor, heading, content))
     for heading, flag, given in (("t+ in the gallery", "positives", positives), ("The students in the gallery", "answers", answers)):
         left_out += [f"{heading}: {REMEDY[flag].format(split=args.split)}"] if studies and not given else []
-    settings = {key: value for key, value in (results.get("settings") or {}).items() if value is not None and key not in ("sha256", "json", "output")}
+    settings = results.get("settings") if isinstance(results.get("settings"), dict) else {}
+    settings = {key: value for key, value in settings.items() if value is not None and key not in ("sha256", "json", "output")}
     content = page(args.title, settings, sections, left_out)
     out = Path(args.out)
     temporary = out.with_name(f".tmp-{out.name}")
