@@ -1,8 +1,11 @@
-"""The paper's own figures, as printed: Tables 1-5 and 7, all rows; None is the paper's '-'. `beside` prints ours with them.
+"""The paper's own figures, as printed: Tables 1-5 and 7, all rows; None is the paper's '-'. `beside` and `table` print ours with them.
 
 The paper disagrees with itself: its text gives 0.76 where Table 1 has 0.78, and 'Ours' differs between Tables 3 and 7. The averages are
 its own too; they are not always the mean of the figures beside them.
 """
+
+import json
+from pathlib import Path
 
 FIVE = ("Consolidation", "Pleural Effusion", "Pneumonia", "Pneumothorax", "Edema")  # the columns of Tables 1, 2 and 5, before 'Avg.'
 TEXT_METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "METEOR")  # of Tables 3 and 7; CIDEr is in their captions only
@@ -32,6 +35,9 @@ TABLE_7 = {"METransformer": (0.386, 0.250, 0.169, 0.124, 0.291, 0.152), "R2GenGP
            "BtspLLM": (0.402, 0.262, 0.180, 0.128, 0.291, 0.175), "MambaXray": (0.422, 0.268, 0.184, 0.133, 0.289, 0.167),
            "CounterfactRFT": (0.426, 0.288, 0.186, 0.155, 0.421, 0.286), "Ours": (0.563, 0.372, 0.270, 0.192, 0.298, 0.213)}
 
+SHORT = {"Atelectasis": "Ate.", "Cardiomegaly": "Car.", "Consolidation": "Con.", "Edema": "Ede.", "Enlarged Cardiomediastinum": "ECM",
+         "Fracture": "Fra.", "Lung Lesion": "LL", "Lung Opacity": "LO", "No Finding": "NF", "Pleural Effusion": "PE", "Pleural Other": "PO",
+         "Pneumonia": "Pna.", "Pneumothorax": "Pnx.", "Support Devices": "SD"}
 CLASSIFICATION = ("Con.", "PE", "Pna.", "Pnx.", "Ede.", "Avg.")
 TABLES = {1: ("MS-CXR-T, top-1 accuracy", CLASSIFICATION, TABLE_1),
           2: ("MS-CXR-T, top-1 accuracy of the teachers", CLASSIFICATION, TABLE_2),
@@ -56,3 +62,75 @@ def beside(number, ours):
 
 def _cell(figure, digits, absent):
     return f"{absent:>14}" if figure is None else f"{figure:>14.{digits}f}"
+
+
+def table(rows, findings, paper=None):
+    """rows: {name: score, or {"greedy": score, "sampled": score}} -> text, one line a row; paper: {name: figures} printed below."""
+    columns = [f for f in findings if any(f in s["accuracy"] for s in map(plain, rows.values()))]
+    head = f"{'':34}" + "".join(f"{SHORT.get(f, f[:6]):>7}" for f in columns) + f"{'mean':>7}{'sampled':>9}{'unread':>8}"
+    lines = [head]
+    for name, row in rows.items():
+        s = plain(row)
+        sampled = f"{row['sampled']['mean']:>9.3f}" if "sampled" in row else f"{'':9}"
+        lines.append(f"{name:34}" + "".join(f"{s['accuracy'].get(f, float('nan')):>7.3f}" for f in columns)
+                     + f"{s['mean']:>7.3f}{sampled}{s['unread']:>8.3f}")
+    for name, figures in (paper or {}).items():
+        of = dict(zip(FIVE, figures))
+        lines.append(f"{'paper: ' + name:34}" + "".join(f"{of[f]:>7.2f}" if f in of else f"{'':7}" for f in columns) + f"{figures[-1]:>7.2f}")
+    return "\n".join(lines)
+
+
+def plain(row):
+    """The scores of a row that stand in a table: a student has several, by how it was asked."""
+    return row.get("options") or row.get("greedy") or row
+
+
+def with_intervals(name, mode, result):
+    """The lines of one student's top-1 and macro accuracy with their intervals, if it has them."""
+    lines = []
+    for key, title in (("top1", "top-1 accuracy"), ("macro", "macro accuracy")):
+        if key in result:
+            values, bounds = result[key]["value"], result[key]["interval"]
+            lines.append(f"{name}, {mode}, {title} [95%]: " + ", ".join(f"{SHORT.get(f, f)} {value:.3f} [{bounds[f][0]:.3f}, {bounds[f][1]:.3f}]"
+                                                                      for f, value in values.items()))
+    return lines
+
+
+def auc_lines(name, figures):
+    """What evaluate.aucs returns, as lines: the mean, then a class a line."""
+    figure = lambda value: " none" if value is None else f"{value:.3f}"
+    head = f"{name}: {figures['n']} images, macro AUC {figure(figures['macro'])} over {figures['classes']} classes, {figures['left_out']} left out"
+    if "per_study" in figures:
+        head += f"; per study, {figures['views']} over views: {figure(figures['per_study'])} over {figures['studies']} studies"
+    return [head, *(f"    {finding:28}{figure(value)}  {figures['positive'][finding]} of {figures['labels'][finding]} positive"
+                    for finding, value in figures["auc"].items())]
+
+
+def collect(paths):
+    """Results files of classify, reports and zeroshot -> {table number: {row: figures}}, as `beside` takes them. Rows of a studies.jsonl stand
+    below Table 2 and, if they have the names of its rows, below Table 5."""
+    ours = {number: {} for number in TABLES}
+    for path in paths:
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise ValueError(f"{path}: not a JSON file: {error}") from None
+        settings, rows = content.get("settings", {}), content.get("rows", {})
+        if settings.get("command") == "classify":
+            for name, row in rows.items():
+                s, where = plain(row), f"MS-CXR-T {settings['task']}" if settings["task"] else Path(settings["studies"]).name
+                figures, asked = [*(s["accuracy"].get(finding) for finding in FIVE), s["mean"]], s is not row
+                if settings["task"] and asked:
+                    ours[1][f"{name} [{where}]"] = figures
+                elif not settings["task"]:
+                    ours[2][f"{name} [{where}]"] = figures
+                    if asked and name in TABLE_5:
+                        ours[5][f"{name} [{where}]"] = figures
+        elif settings.get("command") == "reports":
+            ours[3] |= {name: [row.get(key) for key in TEXT_METRICS] for name, row in rows.items()}
+        elif settings.get("command") == "zeroshot":
+            ours[4] |= {name: [row.get(dataset, {}).get("macro") for dataset in ZERO_SHOT] for name, row in rows.items()}
+        else:
+            raise ValueError(f"{path}: expected the --output of classify, reports or zeroshot")
+    ours[7] = ours[3]
+    return ours
