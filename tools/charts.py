@@ -83,7 +83,8 @@ def bars(title, rows, paper=True):
             if kind == "ours" and interval:
                 low, high = map(at, interval)
                 end, middle = max(end, high), top + 5.5
-                parts.append(tag("path", d=f"M{low:.1f} {middle}H{high:.1f}M{low:.1f} {middle - 4}v8M{high:.1f} {middle - 4}v8", class_="whisker"))
+                whisker = f"M{low:.1f} {middle}H{high:.1f}M{low:.1f} {middle - 4}v8M{high:.1f} {middle - 4}v8"
+                parts += [tag("path", d=whisker, class_="halo"), tag("path", d=whisker, class_="whisker")]  # to be seen on the bar too
             parts.append(text(end + 5, top + 9.5, show(value, 2, missing), "small"))
     return svg(340, 34 + step * len(rows), title, "; ".join(said), parts)
 

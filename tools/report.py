@@ -186,7 +186,7 @@ def beside_paper(title, ours, theirs):
             rows.append((name, value, theirs[name][column] if name in theirs else None, interval))
         drawn.append((heading, bars(f"{title}: {heading}", rows)))
     key = tag("p", tag("span", class_="swatch ours"), " ours ", tag("span", class_="swatch paper"),
-              " the paper's, on MS-CXR-T. Top-1 accuracy.", class_="small")
+              " the paper's, on MS-CXR-T. Top-1 accuracy. A whisker is the 95% interval.", class_="small")
     return join([key, panels(*drawn)])
 
 
