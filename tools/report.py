@@ -61,7 +61,7 @@ def read_json(path):
         raise ValueError(f"{path}: not a JSON file: {error}") from None
 
 
-def drawn(path, what, draw):
+def checked(path, what, draw):
     """draw(); where it stumbles over the shape of a file, a ValueError that names the file and what was expected."""
     try:
         return draw()
@@ -374,7 +374,7 @@ def run(args):
         raise ValueError(f"{args.studies}: no study of split {args.split!r}, expected at least one")
     positives = read_texts(args.positives, "t_plus") if args.positives else {}
     answers = {name: read_texts(path, "text") for name, path in named(args.answers, "--answers").items()}
-    order = drawn(args.results, WHAT["results"], lambda: teachers_of(results["rows"]))
+    order = checked(args.results, WHAT["results"], lambda: teachers_of(results["rows"]))
     sections, left_out = [], []
     for anchor, heading, flag, draw in (
             ("rows", "All rows", "results", lambda: all_rows(results["rows"])),
@@ -390,7 +390,7 @@ def run(args):
             content = tag("p", f"Left out: {REMEDY[flag]}", class_="left-out")
             left_out.append(f"{heading}: {REMEDY[flag]}")
         else:
-            content = drawn(getattr(args, flag), WHAT[flag], draw) if flag in WHAT else draw()
+            content = checked(getattr(args, flag), WHAT[flag], draw) if flag in WHAT else draw()
         sections.append((anchor, heading, content))
     for heading, flag, given in (("t+ in the gallery", "positives", positives), ("The students in the gallery", "answers", answers)):
         left_out += [f"{heading}: {REMEDY[flag].format(split=args.split)}"] if studies and not given else []
