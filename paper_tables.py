@@ -96,13 +96,23 @@ def with_intervals(name, mode, result):
     return lines
 
 
+def _rate(value):
+    return " none" if value is None else f"{value:.3f}"
+
+
+def report_line(name, row):
+    """What evaluate.score_reports returns beside the columns of Tables 3 and 7."""
+    precision, recall, f1 = (_rate(row["findings"][key]) for key in ("precision", "recall", "f1"))
+    return (f"{name}: CIDEr {row['CIDEr']:.3f}, findings P {precision} R {recall} F1 {f1}, "
+            f"words {row['words']:.1f} (references {row['reference_words']:.1f})")
+
+
 def auc_lines(name, figures):
     """What evaluate.aucs returns, as lines: the mean, then a class a line."""
-    figure = lambda value: " none" if value is None else f"{value:.3f}"
-    head = f"{name}: {figures['n']} images, macro AUC {figure(figures['macro'])} over {figures['classes']} classes, {figures['left_out']} left out"
+    head = f"{name}: {figures['n']} images, macro AUC {_rate(figures['macro'])} over {figures['classes']} classes, {figures['left_out']} left out"
     if "per_study" in figures:
-        head += f"; per study, {figures['views']} over views: {figure(figures['per_study'])} over {figures['studies']} studies"
-    return [head, *(f"    {finding:28}{figure(value)}  {figures['positive'][finding]} of {figures['labels'][finding]} positive"
+        head += f"; per study, {figures['views']} over views: {_rate(figures['per_study'])} over {figures['studies']} studies"
+    return [head, *(f"    {finding:28}{_rate(value)}  {figures['positive'][finding]} of {figures['labels'][finding]} positive"
                     for finding, value in figures["auc"].items())]
 
 
