@@ -57,7 +57,7 @@ class Endpoint:
             whole = parts.scheme in ("http", "https") and parts.hostname and (parts.port or True)
         except ValueError:
             whole = False
-        if not whole or parts.username is not None or parts.query or parts.fragment or re.search(r"[^\x21-\x7e]", self.url):
+        if not whole or re.search(r"[^\x21-\x7e]|[@?#]", self.url):
             raise ValueError("the URL: expected http(s)://HOST[:PORT][/PATH] with no user, key or query in it")  # which might be the key
         if self.only_loopback and not is_loopback(parts.hostname):
             raise ValueError(f"{parts.hostname} is not this machine, and images are not sent to others without --i_have_permission")
