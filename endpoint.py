@@ -72,14 +72,6 @@ class Answer:
     finish: str    # 'stop', 'length', ... as the server names it
     usage: dict    # as the server counts, or None
 
-    def tokens(self):
-        """(in, out) with hidden reasoning, or None if the server does not count."""
-        usage = self.usage or {}
-        n, out, total = (usage.get(key) for key in ("prompt_tokens", "completion_tokens", "total_tokens"))
-        if not all(type(count) is int and count >= 0 for count in (n, out)):
-            return None
-        return n, max(out, total - n) if type(total) is int else out
-
 
 class Failure(Exception):
     """No answer. kind: 'again' (ask again, after `wait` seconds if the server says so), 'never' (this request is refused), 'stop' (the
@@ -301,6 +293,14 @@ def _call(endpoint, method, path, body=None):
         code = reply["error"].get("code") if isinstance(reply["error"], dict) else None
         raise _refusal(code if type(code) is int and code >= 400 else 500, headers, reply)
     return reply
+
+
+def count(usage):
+    """(tokens in, tokens out with hidden reasoning) of a usage, None if it does not tell."""
+    n, out, total = ((usage or {}).get(key) for key in ("prompt_tokens", "completion_tokens", "total_tokens"))
+    if not all(type(tokens) is int and tokens >= 0 for tokens in (n, out)):
+        return None
+    return n, max(out, total - n) if type(total) is int else out
 
 
 def models(endpoint):

@@ -1,10 +1,14 @@
 """The client: what every kind of answer, fault and server counts as, and that the key and the images go where they may."""
 
+import base64
 import email.utils
 import io
 import json
+import shutil
 import socket
 import ssl
+import subprocess
+import threading
 import time
 import traceback
 
@@ -36,7 +40,7 @@ def failure(answer, **more):
 
 def test_a_completion_is_an_answer_with_what_the_server_says_of_it():
     answer = ask(completion("edema", usage=(7, 3)))
-    assert (answer.text, answer.finish, answer.model, answer.tokens()) == ("edema", "stop", "served-model", (7, 3))
+    assert (answer.text, answer.finish, answer.model, endpoint.count(answer.usage)) == ("edema", "stop", "served-model", (7, 3))
     assert answer.usage == {"prompt_tokens": 7, "completion_tokens": 3, "total_tokens": 10}
 
 
@@ -60,7 +64,7 @@ def test_the_request_holds_model_messages_and_the_fields_and_the_key_in_its_head
     ({"prompt_tokens": "10", "completion_tokens": 5}, None), ("many", None), (None, None),
 ])
 def test_tokens_are_counted_as_billed_or_not_at_all(usage, tokens):
-    assert ask({**completion("x", usage=None), "usage": usage}).tokens() == tokens
+    assert endpoint.count(ask({**completion("x", usage=None), "usage": usage}).usage) == tokens
 
 
 @pytest.mark.parametrize("message, text", [
@@ -86,7 +90,7 @@ error = lambda message, **more: {"error": {"message": message, **more}}
     ((413, b"<html>"), "never", False),
     ((401, error("wrong key")), "stop", False), ((404, error("no such model")), "stop", False), ((402, error("pay")), "stop", False),
     ((408, b""), "again", False), ((429, error("slow down")), "again", False), ((500, b"<html>oops"), "again", False),
-    ((502, b""), "again", False), ((503, error("loading")), "again", False), ((504, b""), "again", False), ((529, error("overloaded")), "again", False),
+    ((502, b""), "again", False), ((503, error("loading")), "again", False), ((504, b""), "again", False), ((529, error("busy")), "again", False),
     ((301, b"", {"Location": "http://127.0.0.1:9/"}), "stop", False), ((307, b""), "stop", False),
     # the vendors' words for a spent balance
     ((429, error("You exceeded your current quota", type="insufficient_quota", code="credit_balance_exhausted")), "stop", False),
@@ -139,7 +143,6 @@ def test_a_certificate_that_does_not_verify_stops_and_nothing_is_sent(tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as listener:
         context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         context.load_cert_chain(self_signed(tmp_path))
-        import threading
 
         def accept():
             try:
@@ -157,8 +160,6 @@ def test_a_certificate_that_does_not_verify_stops_and_nothing_is_sent(tmp_path):
 
 def self_signed(folder):
     """A certificate and key in one PEM file, of nobody's authority."""
-    import shutil
-    import subprocess
     if not shutil.which("openssl"):
         pytest.skip("openssl makes the test's certificate")
     subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-subj", "/CN=localhost",
@@ -209,7 +210,8 @@ def test_the_answer_after_faults_is_the_answer():
 # ------------------------------------------------------------------------------------------------------------ the key
 
 @pytest.mark.parametrize("echo", [
-    lambda key: (400, error(f"your header was Authorization: Bearer {key}!")), lambda key: (401, {"detail": key}), lambda key: (500, {"message": key}),
+    lambda key: (400, error(f"your header was Authorization: Bearer {key}!")), lambda key: (401, {"detail": key}),
+    lambda key: (500, {"message": key}),
     lambda key: (429, [{"error": {"message": "x" * 290 + key}}]), lambda key: (400, {"error": key}), lambda key: (400, {key: key}),
     lambda key: (400, json.dumps(error(key.lower())).replace("/", "\\/").encode()), lambda key: (503, key.encode()),
     lambda key: (302, b"", {"Location": f"http://127.0.0.1:9/{key}"}), lambda key: (200, {"error": {"code": 400, "message": key}}),
@@ -264,7 +266,8 @@ def test_a_key_does_not_travel_unencrypted():
     Endpoint("http://192.0.2.1/v1", "m", only_loopback=False)
 
 
-@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://localhost", "http://", "http://[::1", "http://localhost:99999", "http://localhost/v1?key=" + KEY,
+@pytest.mark.parametrize("url", ["", "localhost:8000", "ftp://localhost", "http://", "http://[::1", "http://localhost:99999",
+                                 f"http://localhost/v1?key={KEY}",
                                  f"http://{KEY}@localhost/v1", "http://local host/", "http://localhost/v1#x", "file:///etc/passwd"])
 def test_a_url_that_is_none_or_holds_a_key_is_refused_without_being_shown(url):
     with pytest.raises(ValueError, match="the URL: expected") as caught:
@@ -316,7 +319,7 @@ def test_only_pixels_are_sent():
     for kind in ("JPEG", "PNG"):
         url = endpoint.image_part(film, kind)["image_url"]["url"]
         head, content = url.split(",", 1)
-        content = __import__("base64").b64decode(content)
+        content = base64.b64decode(content)
         assert head == f"data:image/{kind.lower()};base64" and b"Jane" not in content
         assert Image.open(io.BytesIO(content)).convert("RGB").getpixel((20, 15)) == pytest.approx((9, 99, 199), abs=4)
     assert film.info  # the caller's image is as it was
@@ -344,7 +347,8 @@ def test_an_entry_is_read_with_its_defaults(tmp_path, monkeypatch):
     assert endpoint.read_endpoints(path, with_keys=False)["b"][0].key is None
 
 
-@pytest.mark.parametrize("entry", [{"key": KEY}, {"api_key": KEY}, {"api-key": "x"}, {"Authorization": "x"}, {"token": "x"}, {"request": {"apikey": "x"}},
+@pytest.mark.parametrize("entry", [{"key": KEY}, {"api_key": KEY}, {"api-key": "x"}, {"Authorization": "x"}, {"token": "x"},
+                                   {"request": {"apikey": "x"}},
                                    {"request": {"extra": [{"secret": "x"}]}}, {"request": {"user": KEY}}, {"headers": {}}, {"model": "Bearer abc"},
                                    {"key_env": KEY}, {"key_env": "A_TEST_KEY", "request": {"user": "hidden-key-of-no-known-form"}}])
 def test_a_key_in_the_file_is_refused_and_not_shown(tmp_path, entry, monkeypatch):
@@ -355,9 +359,11 @@ def test_a_key_in_the_file_is_refused_and_not_shown(tmp_path, entry, monkeypatch
 
 
 @pytest.mark.parametrize("content, says", [
-    ("{", "not a JSON file"), ("[]", "expected an object"), ({}, "expected an object"), ({"a": 5}, "expected an object"), ({"a": {"url": "http://localhost"}}, '"model"'),
+    ("{", "not a JSON file"), ("[]", "expected an object"), ({}, "expected an object"), ({"a": 5}, "expected an object"),
+    ({"a": {"url": "http://localhost"}}, '"model"'),
     ({"a": {"model": "m"}}, '"url"'), ({"a": {**GOOD, "url": "localhost"}}, "the URL"), ({"a": {**GOOD, "model": " "}}, '"model"'),
-    ({"a": {**GOOD, "key_env": 5}}, '"key_env"'), ({"a": {**GOOD, "key_env": "NOT_SET_ANYWHERE"}}, "the key: "), ({"a": {**GOOD, "rpm": 5}}, "unknown field"),
+    ({"a": {**GOOD, "key_env": 5}}, '"key_env"'), ({"a": {**GOOD, "key_env": "NOT_SET_ANYWHERE"}}, "the key: "),
+    ({"a": {**GOOD, "rpm": 5}}, "unknown field"),
     *(({"a": {**GOOD, key: value}}, f'"{key}": expected') for key, value in [
         ("request", []), ("request", {"stream": True}), ("request", {"n": 2}), ("request", {"model": "x"}), ("request", {"messages": []}),
         ("request", {"max_tokens": "many"}), ("requests_per_minute", 0), ("requests_per_minute", "x"), ("concurrency", 0), ("concurrency", 2.5),

@@ -69,6 +69,12 @@ class Teacher:
         images = sum(self.image_tokens or math.ceil(width * height / 750) for width, height in sizes)
         return max(self.most_in, math.ceil(len(prompt.encode()) / 3) + images), self.most_out
 
+    def learn(self, usage):
+        """Takes note of what the server counted. Returns the (tokens in, out), or None."""
+        tokens = endpoints.count(usage)
+        self.counted, self.most_in = True, max(self.most_in, tokens[0] if tokens else 0)
+        return tokens
+
     def rest(self, until, stop):
         while (left := until - time.monotonic()) > 0:
             if stop.is_set() or self.closed:
@@ -97,10 +103,15 @@ class Purse:
         self.spent, self.budget, self.reserved, self.in_flight = spent, budget, 0.0, 0
         self.change = threading.Condition()
 
-    def reserve(self, teacher, cost, stop):
-        """Waits until `cost` is free. Closes the teacher if it cannot be. A teacher's first request goes alone: it tells what an image costs."""
+    def reserve(self, teacher, at_most, stop):
+        """Waits until what a request costs at most, teacher.cost(at_most()), is free, and returns at_most() and that; closes the teacher
+        if it will not be. A teacher's first request goes alone: it tells what an image costs."""
         with self.change:
-            while self.budget is not None:
+            while True:
+                tokens = at_most()  # it may have grown meanwhile
+                cost = teacher.cost(tokens) or 0.0
+                if self.budget is None:
+                    break
                 fits = self.spent + self.reserved + cost <= self.budget
                 if fits and (teacher.counted or not teacher.in_flight):
                     break
@@ -112,6 +123,7 @@ class Purse:
             self.reserved += cost
             self.in_flight += 1
             teacher.in_flight += 1
+            return tokens, cost
 
     def settle(self, teacher, reserved, cost):
         with self.change:
@@ -215,9 +227,7 @@ def ask(teacher, study, task, args, purse, write, stop):
         if failure:
             fail(failure)
         teacher.take_turn(failure, wait, stop)
-        most = teacher.at_most(prompt, sizes)
-        reserved = teacher.cost(most) or 0.0
-        purse.reserve(teacher, reserved, stop)
+        most, reserved = purse.reserve(teacher, lambda: teacher.at_most(prompt, sizes), stop)
 
     def settle(tokens):
         cost = teacher.cost(tokens)
@@ -237,8 +247,7 @@ def ask(teacher, study, task, args, purse, write, stop):
             raise
         write({**row, "status": "failed", "reason": str(failure), "cost": 0.0})
         return "failed"
-    tokens = answer.tokens()
-    teacher.counted, teacher.most_in = True, max(teacher.most_in, tokens[0] if tokens else 0)
+    tokens = teacher.learn(answer.usage)
     reason = f"finish_reason is {answer.finish!r}" if answer.finish != "stop" else "empty" if not answer.text.strip() else None
     row |= {"status": "refused", "reason": reason} if reason else {"status": "answered"}
     write({**row, "text": answer.text, "model": answer.model, "finish_reason": answer.finish, "usage": answer.usage,
@@ -380,10 +389,16 @@ def run(args):
     if args.dry_run:
         return dry_run(teachers, todo, task, args)
 
+    for teacher in teachers:
+        for row in rows:
+            if row["teacher"] == teacher.name and "usage" in row:
+                teacher.learn(row["usage"])
     purse = Purse(sum(row.get("cost") or 0.0 for row in rows), args.budget)
-    caught = collect(teachers, todo, chosen, task, args, purse, answers)
-    put_in = merge(out, [study.record for study in studies], rows, [teacher.name for teacher in teachers])
-    answers.close()
+    try:
+        caught = collect(teachers, todo, chosen, task, args, purse, answers)
+        put_in = merge(out, [study.record for study in studies], rows, [teacher.name for teacher in teachers])
+    finally:
+        answers.close()
 
     status = {}
     for row in rows:  # the last word on a pair; an answer is never asked again
@@ -394,7 +409,7 @@ def run(args):
         last = ["answered" if name in study.trajectories else status.get((study.id, name), {}).get("status") for study in chosen]
         counts = {"answered": last.count("answered"), "refused": last.count("refused")}
         counts["open"] = len(chosen) - sum(counts.values())
-        summary[name] = {**counts, "models": sorted({row["model"] for row in rows if row["teacher"] == name and row["status"] == "answered"})}
+        summary[name] = {**counts, "models": sorted({row["model"] for row in rows if row["teacher"] == name and row.get("model")})}
         print(f"{name}: {counts['answered']} answered, {counts['refused']} refused (empty or cut), {counts['open']} open"
               + (f"; not asked any more: {teacher.closed}" if teacher.closed else ""))
     print(f"{out}: {put_in} answers put into {len(studies)} studies; {purse.spent:.4f} USD spent as far as prices are known")
