@@ -331,9 +331,9 @@ def complete(endpoint, messages, **fields):
     return Answer(text, str(reply.get("model") or ""), str(finish or "").lower(), usage if isinstance(usage, dict) else None)
 
 
-def ask(endpoint, messages, seed, attempts=6, before=lambda failure, wait: time.sleep(wait), **fields):
+def ask(endpoint, messages, jitter, attempts=6, before=lambda failure, wait: time.sleep(wait), **fields):
     """`complete`, asked again while that may help -> Answer. Raises the last Failure. `before(failure, wait)` is called before each
-    attempt with the failure of the one before (None at first), and waits; the jitter of the backoff comes from (seed, attempt)."""
+    attempt with the failure of the one before (None at first), and waits; `jitter` seeds the backoff's."""
     failure, wait = None, 0.0
     for attempt in range(attempts):
         before(failure, wait)
@@ -343,5 +343,5 @@ def ask(endpoint, messages, seed, attempts=6, before=lambda failure, wait: time.
             if error.kind != "again":
                 raise
             failure = error
-            wait = error.wait if error.wait is not None else min(60, 2 ** attempt) * random.Random(f"{seed} {attempt}").uniform(0.5, 1.5)
+            wait = error.wait if error.wait is not None else min(60, 2 ** attempt) * random.Random(f"{jitter} {attempt}").uniform(0.5, 1.5)
     raise failure
