@@ -44,12 +44,12 @@ NO_KEY_HERE = 'a key has no place in this file; "key_env" names the environment 
 @dataclass(frozen=True)
 class Endpoint:
     """Where to ask. Raises ValueError for a URL that is none, and for a key that would travel unencrypted to another machine."""
-    url: str                                  # up to /chat/completions; /v1 if it has no path
+    url: str                                    # up to /chat/completions; without a path it gets /v1
     model: str = ""
     key: str = field(default=None, repr=False)
     fields: dict = field(default_factory=dict)  # into every request
-    timeout: float = 300.0                    # seconds for the whole exchange
-    only_loopback: bool = True                # the connection's other end must be this machine
+    timeout: float = 300.0                      # seconds for the whole exchange
+    only_loopback: bool = True                  # the connection's other end must be this machine
 
     def __post_init__(self):
         try:
@@ -63,6 +63,7 @@ class Endpoint:
             raise ValueError(f"{parts.hostname} is not this machine, and images are not sent to others without --i_have_permission")
         if self.key and parts.scheme == "http" and not is_loopback(parts.hostname):
             raise ValueError(f"{parts.hostname}: expected https, the key would travel unencrypted")
+        object.__setattr__(self, "url", f"{parts.scheme}://{parts.netloc}{parts.path.rstrip('/') or '/v1'}")  # frozen, so not by name
 
 
 @dataclass(frozen=True)
@@ -211,7 +212,7 @@ def _exchange(endpoint, method, path, body=None):
         timer = threading.Timer(timeout, cut, [connection.sock])
         timer.daemon = True
         timer.start()
-        connection.request(method, (parts.path.rstrip("/") or "/v1") + path, body, headers)
+        connection.request(method, parts.path + path, body, headers)
         sent = True
         response = connection.getresponse()
         content = response.read(MAX_ANSWER_BYTES)

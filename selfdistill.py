@@ -63,7 +63,7 @@ def parse(argv=None):
     g.add_argument("--attempts", type=int, default=4, help="samples until a study is dropped (default: %(default)s)")
     g.add_argument("--resume", choices=("auto", "never"), default="auto", help="go on with what is written (default: %(default)s)")
     g = parser.add_argument_group("a server that samples in the student's place")
-    g.add_argument("--server", help="URL of an OpenAI-compatible server of pi_st, as http://localhost:8000 (default: --student samples)")
+    g.add_argument("--server", help="URL of an OpenAI-compatible server of pi_st, as http://localhost:8000 (default: --student, loaded here)")
     g.add_argument("--server_model", help="the name that it serves pi_st by (default: its only model)")
     g.add_argument("--server_concurrency", type=int, default=64, help="requests in flight, per rank (default: %(default)s)")
     g.add_argument("--server_key_env", help="name of the environment variable that holds its key (default: it wants none)")

@@ -9,7 +9,6 @@ import torch
 from transformers import GenerationConfig
 
 import data
-import demo
 import selfdistill
 import student
 
@@ -77,16 +76,6 @@ def test_a_stream_of_random_numbers_is_not_shared_between_rows():
 
 
 # --------------------------------------------------------------------------------------------------- whole responses
-
-@pytest.fixture(scope="module")
-def talker(base, encoder, tmp_path_factory):
-    """The folder of a random student that likes to end: its texts have all lengths, and some do not end in time."""
-    model, folder = student.load(base), tmp_path_factory.mktemp("talker")
-    with torch.no_grad():
-        model.lm_head.weight[encoder.end] *= 6
-    demo.save_student(folder, model, encoder.tokenizer)
-    return folder
-
 
 @pytest.fixture
 def speaker(talker):

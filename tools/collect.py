@@ -103,23 +103,25 @@ class Purse:
         self.spent, self.budget, self.reserved, self.in_flight = spent, budget, 0.0, 0
         self.change = threading.Condition()
 
-    def reserve(self, teacher, at_most, stop):
-        """Waits until what a request costs at most, teacher.cost(at_most()), is free, and returns at_most() and that; closes the teacher
-        if it will not be. A teacher's first request goes alone: it tells what an image costs."""
+    def wait(self, teacher, at_most, stop):
+        """Waits until a request's bound is free; returns that, (tokens, USD). Closes the teacher if it will not be free. A teacher's first
+        request goes alone: it tells what an image costs."""
         with self.change:
             while True:
                 tokens = at_most()  # it may have grown meanwhile
                 cost = teacher.cost(tokens) or 0.0
-                if self.budget is None:
-                    break
-                fits = self.spent + self.reserved + cost <= self.budget
-                if fits and (teacher.counted or not teacher.in_flight):
-                    break
+                fits = self.budget is None or self.spent + self.reserved + cost <= self.budget
+                if fits and (self.budget is None or teacher.counted or not teacher.in_flight):
+                    return tokens, cost
                 if not fits and not self.in_flight:
                     teacher.closed = teacher.closed or f"the budget is reached: {self.spent:.4f} of {self.budget:g} USD are spent"
                 if stop.is_set() or teacher.closed:
                     raise Stopped
                 self.change.wait(0.5)
+
+    def reserve(self, teacher, at_most, stop):
+        with self.change:
+            tokens, cost = self.wait(teacher, at_most, stop)
             self.reserved += cost
             self.in_flight += 1
             teacher.in_flight += 1
@@ -220,14 +222,16 @@ def ask(teacher, study, task, args, purse, write, stop):
     """Asks one teacher about one study, writes the row, returns its status. Raises Stopped, and Failure where the endpoint is of no use."""
     row = {"id": study.id, "teacher": teacher.name}
     messages, prompt, sizes = question(study, task, args)
+    at_most = lambda: teacher.at_most(prompt, sizes)
     most, reserved = (0, 0), 0.0  # of the attempt in flight: tokens, USD
 
     def before(failure, wait):
         nonlocal most, reserved
         if failure:
             fail(failure)
+        purse.wait(teacher, at_most, stop)  # before the turn, or those who waited here would all go at once
         teacher.take_turn(failure, wait, stop)
-        most, reserved = purse.reserve(teacher, lambda: teacher.at_most(prompt, sizes), stop)
+        most, reserved = purse.reserve(teacher, at_most, stop)
 
     def settle(tokens):
         cost = teacher.cost(tokens)
@@ -324,7 +328,7 @@ def collect(teachers, todo, chosen, task, args, purse, answers):
 def parse(argv=None):
     parser = argparse.ArgumentParser(description="Ask the teachers (Appendix B) through OpenAI-compatible chat endpoints.")
     parser.add_argument("studies", help="studies.jsonl")
-    parser.add_argument("--endpoints", required=True, help="endpoints.json, the format is at the top of this file")
+    parser.add_argument("--endpoints", required=True, help="endpoints.json; endpoint.read_endpoints explains it")
     parser.add_argument("--images", default=".", help="folder that the image paths are relative to (default: %(default)s)")
     parser.add_argument("--out", required=True, help="studies with trajectories; the answers go to OUT.answers.jsonl")
     parser.add_argument("--task_file", help="task.json; without it MIMIC-CXR's 14 findings")
@@ -363,6 +367,9 @@ def dry_run(teachers, todo, task, args):
 
 def run(args):
     """Returns the exit status."""
+    for name in ("attempts", "limit", "max_pixels"):
+        if getattr(args, name) is not None and getattr(args, name) < 1:
+            raise ValueError(f"--{name}: expected at least 1")
     task = data.load_task(args.task_file)
     specs = endpoints.read_endpoints(args.endpoints, args.teachers, not args.i_have_permission, not args.dry_run)
     teachers = [Teacher(name, *spec) for name, spec in specs.items()]
@@ -379,7 +386,7 @@ def run(args):
     if out.exists() and not path.exists() and out.resolve() != Path(args.studies).resolve() and not args.dry_run:
         raise ValueError(f"{out}: exists and was not written by this command, expected another --out")
     if args.dry_run:  # reads what is there without claiming or repairing it
-        rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]] if path.exists() else []
+        rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line] if path.exists() else []
     else:
         answers = Answers(path)
         rows = answers.rows
