@@ -63,7 +63,8 @@ def write_text(path, text):
     _fsync(Path(path).parent)
 
 
-NOT_SETTINGS = ("output_dir", "resume", "logging_steps", "save_steps", "save_total_limit", "num_workers", "dry_run")
+NOT_SETTINGS = ("output_dir", "resume", "logging_steps", "save_steps", "save_total_limit", "num_workers", "dry_run", "server", "server_key_env",
+                "server_concurrency", "i_have_permission")  # a server may move; which model it serves is a setting
 
 
 def open_run(args, inputs):

@@ -7,6 +7,7 @@ writes  OUTPUT_DIR/positives.jsonl: {"id", "t_plus", "seed", "tokens", "finish"}
 
     python selfdistill.py                                                                           scale model, one process
     torchrun --nproc_per_node=4 selfdistill.py --studies studies.jsonl --images files --student runs/spd/student --output_dir runs/positives
+    python selfdistill.py --studies studies.jsonl --images files --server http://localhost:8000 --output_dir runs/positives
 
 Where the paper is silent:
   1. The prompt that holds the trajectories is ours (data.py): anonymous readers, their order shuffled for each study.
@@ -16,18 +17,29 @@ Where the paper is silent:
 
 Every study has its own random numbers, and the batches are the same whatever the number of ranks, so 1 and 4 ranks write the same
 file. Each batch is on disk when it is done; the same command goes on where it stopped.
+
+With --server an OpenAI-compatible server that serves pi_st samples instead, and nothing is loaded here. It gets the same prompts, the
+films at the size that the student would see, and a seed per study and attempt; what it makes of a seed is its own, so its samples are
+others than the student's here, and may be others the next time. A "<|" in a teacher's text goes as "< |": a server would read the
+student's special tokens in it.
 """
 
 import argparse
+import contextlib
+import hashlib
 import json
 import re
+from dataclasses import replace
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import checkpoint
 import data
+import endpoint
 import student
 import training
 
@@ -50,32 +62,81 @@ def parse(argv=None):
     g.add_argument("--batch_size", type=int, default=32, help="studies per forward (default: %(default)s)")
     g.add_argument("--attempts", type=int, default=4, help="samples until a study is dropped (default: %(default)s)")
     g.add_argument("--resume", choices=("auto", "never"), default="auto", help="go on with what is written (default: %(default)s)")
+    g = parser.add_argument_group("a server that samples in the student's place")
+    g.add_argument("--server", help="URL of an OpenAI-compatible server of pi_st, as http://localhost:8000 (default: --student, loaded here)")
+    g.add_argument("--server_model", help="the name that it serves pi_st by (default: its only model)")
+    g.add_argument("--server_concurrency", type=int, default=64, help="requests in flight, per rank (default: %(default)s)")
+    g.add_argument("--server_key_env", help="name of the environment variable that holds its key (default: it wants none)")
+    g.add_argument("--i_have_permission", action="store_true", help="images may go to a server on another machine")
     return training.parse(parser, PRESETS, argv)
 
 
 def fault(text, finish):
     """Why a sample is no t+, or None."""
-    if finish == "length":
+    if finish != "stop":
         return "unfinished"
     if not text.strip():
         return "empty"
     return "quotes its readers" if QUOTES_A_READER.search(text) else None
 
 
-def sample_batch(model, encoder, batch, args):
+def student_sampler(args, task, device):
+    """-> encode(study) and sample(encoded prompts, seeds) -> [(text, tokens, finish)], by the student loaded here."""
+    encoder = data.Encoder(args.student, task, args.images, args.max_pixels)
+    model = student.load(args.student, torch.bfloat16 if args.bf16 else torch.float32, device)
+
+    def sample(examples, seeds):
+        out = student.sample(model, encoder, examples, seeds, args.temperature, args.top_p, args.max_new_tokens)
+        return [(encoder.text(ids), len(ids), finish) for ids, finish in out]
+
+    return lambda study: encoder(study, data.compare_prompt(study, task, args.seed)), sample
+
+
+def server_sampler(server, args, task):
+    """The same, by the server. Raises endpoint.Failure where it gives no answer."""
+    if not server.model:
+        names = endpoint.models(server)
+        if len(names) != 1:
+            raise ValueError(f"{args.server} serves {', '.join(names) or 'nothing'}: expected --server_model with the name of pi_st")
+        server = replace(server, model=names[0])
+
+    def encode(study):
+        images = [data.load_image(path, args.images) for path in study.images]
+        for i, image in enumerate(images):  # as Encoder would; the server's own processor finds nothing left to do
+            height, width = data.smart_resize(image.height, image.width, 28, 56 * 56, args.max_pixels)
+            images[i] = endpoint.image_part(image.resize((width, height), Image.Resampling.BICUBIC), "PNG")
+        text = {"type": "text", "text": data.compare_prompt(study, task, args.seed).replace("<|", "< |")}
+        system = [{"role": "system", "content": task.prompts["system"]}] if task.prompts["system"] else []
+        return [*system, {"role": "user", "content": [*images, text]}]
+
+    def sample(examples, seeds):
+        out = []
+        for messages, seed in zip(examples, seeds):
+            number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4], "little") >> 1
+            try:
+                answer = endpoint.ask(server, messages, seed, temperature=args.temperature, top_p=args.top_p, max_tokens=args.max_new_tokens,
+                                      seed=number)
+            except endpoint.Failure as failure:
+                raise endpoint.Failure(failure.kind, f"{server.url}, sample {seed!r}: {failure}") from None
+            out.append((answer.text, (endpoint.count(answer.usage) or (0, None))[1], answer.finish))
+        return out
+
+    return encode, sample
+
+
+def sample_batch(sample, batch, args):
     """batch: [(study, encoded prompt)]. -> one record a study, in order: a positive, or {"id", "dropped": reason}."""
     records, todo = {}, batch
     for attempt in range(args.attempts):
         seeds = [f"{args.seed} {study.id} {attempt}" for study, _ in todo]
-        out = student.sample(model, encoder, [example for _, example in todo], seeds, args.temperature, args.top_p, args.max_new_tokens)
+        out = sample([example for _, example in todo], seeds)
         again = []
-        for (study, example), seed, (ids, finish) in zip(todo, seeds, out):
-            text = encoder.text(ids)
+        for (study, example), seed, (text, tokens, finish) in zip(todo, seeds, out):
             if reason := fault(text, finish):
                 records[study.id] = {"id": study.id, "dropped": reason}
                 again.append((study, example))
             else:
-                records[study.id] = {"id": study.id, "t_plus": text, "seed": seed, "tokens": len(ids), "finish": finish}
+                records[study.id] = {"id": study.id, "t_plus": text, "seed": seed, "tokens": tokens, "finish": finish}
         todo = again
         if not todo:
             break
@@ -115,7 +176,12 @@ def statistics(studies, records, task):
 
 
 def run(args):
-    training.require(args, student="stage 1 makes pi_st: spd.py --studies ... --output_dir runs/spd, in runs/spd/student")
+    server, hint = None, "stage 1 makes pi_st: spd.py --studies ... --output_dir runs/spd, in runs/spd/student"
+    training.require(args, **({} if args.server else {"student": hint}))
+    args.sampled_by = "server" if args.server else "student"
+    if args.server:
+        key = endpoint.read_key(args.server_key_env) if args.server_key_env else None
+        server = endpoint.Endpoint(args.server, args.server_model or "", key, timeout=600, only_loopback=not args.i_have_permission)
     folder = Path(args.output_dir)
     device = training.init()
     lock = checkpoint.open_run(args, {"studies": args.studies, "task_file": args.task_file, "student": args.student})
@@ -130,8 +196,7 @@ def run(args):
         studies, dropped = data.drop_refusals(studies, task)
     studies = [study for study in studies if study.trajectories]
     training.say(f"compare: {len(studies)} studies, {dropped} refusals left out")
-    encoder = data.Encoder(args.student, task, args.images, args.max_pixels)
-    model = student.load(args.student, torch.bfloat16 if args.bf16 else torch.float32, device)
+    encode, sample = server_sampler(server, args, task) if server else student_sampler(args, task, device)
 
     # alike lengths share a batch; which batch a study is in does not depend on the ranks or on what is done already
     by_length = sorted(range(len(studies)), key=lambda i: sum(map(len, studies[i].trajectories.values())))
@@ -141,13 +206,17 @@ def run(args):
     training.barrier()
     mine = batches[training.rank()::training.world()]
 
-    def encode(index):
-        return studies[index], encoder(studies[index], data.compare_prompt(studies[index], task, args.seed))
-
-    with open(folder / f"part-{training.rank()}.jsonl", "ab") as part:
-        stream = training.loader(encode, [[(index,) for index in batch] for batch in mine], args.num_workers)
-        for batch in tqdm(stream, total=len(mine), desc="compare", disable=training.rank() > 0):
-            lines = [json.dumps(record, ensure_ascii=False) for record in sample_batch(model, encoder, batch, args)]
+    encoded = lambda index: (studies[index], encode(studies[index]))
+    threads = ThreadPool(args.server_concurrency) if server else contextlib.nullcontext()
+    with open(folder / f"part-{training.rank()}.jsonl", "ab") as part, threads:
+        if server:  # which batches its requests make up is its own affair
+            mine = [index for batch in mine for index in batch if studies[index].id not in done]
+            stream = threads.imap_unordered(lambda index: sample_batch(sample, [encoded(index)], args), mine)
+        else:
+            batches = training.loader(encoded, [[(index,) for index in batch] for batch in mine], args.num_workers)
+            stream = (sample_batch(sample, batch, args) for batch in batches)
+        for records in tqdm(stream, total=len(mine), desc="compare", disable=training.rank() > 0):
+            lines = [json.dumps(record, ensure_ascii=False) for record in records]
             part.write(("\n" + "\n".join(lines) + "\n").encode())  # the first newline ends a line that a kill may have torn
             part.flush()
     training.barrier()
@@ -178,6 +247,8 @@ def main():
 
             demo.prepare(args, "selfdistill")
         run(args)
+    except endpoint.Failure as failure:
+        raise SystemExit(f"compare: {failure}; what is written stays, the same command goes on") from None
     finally:
         training.close()
 

@@ -59,6 +59,16 @@ def encoder(base, task, world):
 
 
 @pytest.fixture(scope="session")
+def talker(base, encoder, tmp_path_factory):
+    """The folder of a random student that likes to end: its texts have all lengths, and some do not end in time."""
+    model, folder = student.load(base), tmp_path_factory.mktemp("talker")
+    with torch.no_grad():
+        model.lm_head.weight[encoder.end] *= 6
+    demo.save_student(folder, model, encoder.tokenizer)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def script():
     """script("spd.py", "--flag", ..., ranks=2) runs a script as a user would; returns the finished process, its output in .stdout."""
     def run(name, *flags, ranks=1, expect=0):

@@ -9,7 +9,6 @@ import torch
 from transformers import GenerationConfig
 
 import data
-import demo
 import selfdistill
 import student
 
@@ -77,16 +76,6 @@ def test_a_stream_of_random_numbers_is_not_shared_between_rows():
 
 
 # --------------------------------------------------------------------------------------------------- whole responses
-
-@pytest.fixture(scope="module")
-def talker(base, encoder, tmp_path_factory):
-    """The folder of a random student that likes to end: its texts have all lengths, and some do not end in time."""
-    model, folder = student.load(base), tmp_path_factory.mktemp("talker")
-    with torch.no_grad():
-        model.lm_head.weight[encoder.end] *= 6
-    demo.save_student(folder, model, encoder.tokenizer)
-    return folder
-
 
 @pytest.fixture
 def speaker(talker):
@@ -215,25 +204,22 @@ def test_sampling_leaves_the_model_as_it_was(speaker, encoder, examples):
 # ---------------------------------------------------------------------------------------------------------- attempts
 
 class Script:
-    """Stands in for student.sample: what each study says at each attempt, and which seeds it was asked with."""
+    """Stands in for a sampler: what each study says at each attempt, and which seeds it was asked with."""
 
     def __init__(self, says):
         self.says, self.asked = says, []
 
-    def __call__(self, model, encoder, examples, seeds, temperature, top_p, max_new_tokens):
+    def __call__(self, examples, seeds):
         self.asked.append(seeds)
-        return [self.says[name][sum(s.split()[1] == name for call in self.asked[:-1] for s in call)] for name in examples]
-
-    def text(self, ids):
-        return " ".join(ids)
+        said = [self.says[name][sum(s.split()[1] == name for call in self.asked[:-1] for s in call)] for name in examples]
+        return [(" ".join(words), len(words), finish) for words, finish in said]
 
 
-def test_only_failed_samples_are_drawn_again_and_the_first_good_one_stays(monkeypatch):
+def test_only_failed_samples_are_drawn_again_and_the_first_good_one_stays():
     good, cut, quote, empty = (["effusion", "mild", "."], "stop"), (["effusion"], "length"), (["Reader 1", "."], "stop"), ([], "stop")
     script = Script({"a": [good, quote], "b": [cut, quote, good, cut], "c": [empty, cut, quote]})
-    monkeypatch.setattr(student, "sample", script)
     args = selfdistill.parse(["--studies", "s", "--seed", "5", "--attempts", "3"])
-    records = selfdistill.sample_batch(None, script, [(data.Study(name, (), {}, {}), name) for name in "abc"], args)
+    records = selfdistill.sample_batch(script, [(data.Study(name, (), {}, {}), name) for name in "abc"], args)
     positive = {"t_plus": "effusion mild .", "tokens": 3, "finish": "stop"}
     assert records == [{"id": "a", "seed": "5 a 0", **positive}, {"id": "b", "seed": "5 b 2", **positive},
                        {"id": "c", "dropped": "quotes its readers"}]
