@@ -251,7 +251,7 @@ def test_the_budget_is_never_exceeded_whatever_is_in_flight(start, tmp_path, fau
         status, rows, _ = start({name: (chat, {**PRICE, "concurrency": 16}) for name in "ab"}, "--budget", 1)
         assert status == 1 and 0.94 <= sum(billed) <= 1 and abs(sum(row["cost"] for row in rows) - sum(billed)) < 1e-9
         assert start({name: (chat, PRICE) for name in "ab"}, "--budget", 1)[1] == rows  # the budget is over all calls
-        assert all(name in by_status(rows, "lost") or not faults for name in [("s4", "a"), ("s4", "b")])
+        assert bool(by_status(rows, "lost")) == faults
         status, rows, _ = start({name: (chat, PRICE) for name in "ab"}, "--budget", 20)
         assert status == 0 and len(by_status(rows)) == 2 * N
 
