@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.generation import LogitsProcessor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -33,8 +33,20 @@ TRAINABLE = ("lora", "merger", "decoder", "vision")
 LM_HEAD_CHUNK = 512  # rows of fp32 logits alive at a time
 
 
+def require_family(path):
+    """Raises ValueError unless a folder or hub id holds a Qwen2.5-VL, of any size; only its config.json is read."""
+    family = PreTrainedConfig.get_config_dict(path, trust_remote_code=False)[0].get("model_type")
+    if family != "qwen2_5_vl":
+        raise ValueError(
+            f"--student {path} is a {family or 'model without a model_type'}, expected a Qwen2.5-VL (qwen2_5_vl) of any size. For another family "
+            "these would have to be true: data.Encoder writes its chat format and image tokens; student.pack takes its positions from the model "
+            "and lets branches restart behind the prefix; its attention takes a 4-D mask; set_trainable finds its decoder, its vision tower and "
+            "what joins them. tests/test_packed.py then says whether the packed step is still exact")
+
+
 def load(path, dtype=torch.float32, device="cpu"):
-    """A Qwen2.5-VL from a folder or a hub id (safetensors only, no remote code), in eval mode."""
+    """A Qwen2.5-VL of any size from a folder or a hub id (safetensors only, no remote code), in eval mode. Raises ValueError for other families."""
+    require_family(path)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
     embed = model.model.visual.patch_embed
     # patches do not overlap, so the convolution is a matrix product; Conv3d is several times slower, on CPU and in bf16

@@ -135,6 +135,17 @@ def test_the_sample_is_drawn_by_seed_alone_listed_and_nested(mimic, monkeypatch)
         drawn(59, 0)
 
 
+def test_the_list_is_there_before_the_films_are(mimic):
+    """The tables are fetched first, the sample is drawn, and only its films are fetched."""
+    (mimic / "files").rename(mimic.parent / "elsewhere")
+    with pytest.raises(ValueError, match="4 of 4 films are missing"):
+        prepare(mimic, "--keep_ms_cxr_t", "--sample", 2)
+    listed = (mimic.parent / "studies.images.txt").read_text().splitlines()
+    (mimic.parent / "elsewhere").rename(mimic / "files")
+    records, _ = prepare(mimic, "--keep_ms_cxr_t", "--sample", 2)
+    assert listed == [r["image"] for r in records.values() if r["split"] == "train"] and len(listed) == 2
+
+
 def test_reports_come_by_section(mimic):
     reports = mimic.parent / "reports"
     records, counts = prepare(mimic, "--keep_ms_cxr_t", "--reports", reports)

@@ -11,8 +11,8 @@ The film of a study is the first PA one, without any the first AP one, by dicom_
 Studies without either are left out and counted. A label is 1, 0 or -1 (uncertain); findings that are not mentioned have none.
 
 --sample draws N training studies by the order of sha256("SEED STUDY"), so that it depends on the seed and on nothing else and a
-smaller sample is part of a larger one. The paper's own list of 24,426 is not published. MS-CXR-T, which the paper tests on, takes
-films from all splits: its patients are left out of the training split, whatever the sample, unless --keep_ms_cxr_t.
+smaller sample is part of a larger one. The paper's own list of 24,426 is not published. MS-CXR-T, which the paper tests on, is made of
+MIMIC-CXR's films: its patients are left out of the training split, with or without a sample, unless --keep_ms_cxr_t.
 """
 
 import argparse
@@ -89,7 +89,8 @@ def prepare(args):
         if not args.keep_ms_cxr_t:
             studies = {key: value for key, value in studies.items() if key not in set(overlap)}
 
-    image_of = {key: mimic_image(root, dicom, *key) for key, (_, dicom) in studies.items()}
+    # below files/, also where only the tables have been fetched yet
+    image_of = {key: f"files/{mimic_image(root, dicom, *key).removeprefix('files/')}" for key, (_, dicom) in studies.items()}
     if args.sample:
         training = [key for key, (split, _) in studies.items() if split == "train"]
         if args.sample > len(training):
