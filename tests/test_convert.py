@@ -100,7 +100,8 @@ def test_every_fault_is_named_with_its_place_and_nothing_is_written(tmp_path, ro
 
 @pytest.mark.parametrize("change, message", [
     ({"image": None}, '"image": the path of a field'), ({"id": {"field": "x", "match": "("}}, "no regular expression"),
-    ({"labels": 3}, '"labels": a field'), ({"trajectories": {}}, '"trajectories": {teacher: field}'), ({"picture": "x"}, "only id, image"), ({"classes": []}, '"classes"'),
+    ({"labels": 3}, '"labels": a field'), ({"trajectories": {}}, '"trajectories": {teacher: field}'), ({"picture": "x"}, "only id, image"),
+    ({"classes": []}, '"classes"'),
 ])
 def test_a_mapping_says_what_is_wrong_with_it(tmp_path, change, message):
     with pytest.raises(ValueError) as caught:
