@@ -301,6 +301,13 @@ def load_image(path, root):
         return image.convert("RGB")
 
 
+def smart_resize(height, width, factor, min_pixels, max_pixels):
+    """(height, width) at which the student sees an image: multiples of `factor`, within the two bounds."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    return smart_resize(height, width, factor, min_pixels, max_pixels)
+
+
 class Encoder:  # torch and transformers are imported in here: the rest of this file runs without them, and `data.py check` in little memory
     """Turns a study into tensors. Needs a student's folder or hub id for its tokenizer and image processor only; the prompt is
     built here, since AutoProcessor wants torchvision. max_pixels bounds an image (28 x 28 pixels make one token), max_tokens a study's
@@ -367,7 +374,6 @@ class Encoder:  # torch and transformers are imported in here: the rest of this 
     def lengths(self, study, prompt, responses):
         """(P, [n of each response]) of a study in tokens, from the texts and the image's header alone."""
         import torch
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
 
         grids = []
         for path in study.images:

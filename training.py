@@ -176,10 +176,11 @@ def require(args, **how):
         hub_id = name == "student" and value and value.count("/") == 1
         if value is None or not (name == "output_dir" or hub_id or os.path.exists(value)):
             raise SystemExit(f"--{name}{' ' + value if value else ''}: missing; {hint}")
-    try:
-        students.require_family(args.student)
-    except ValueError as error:
-        raise SystemExit(str(error)) from None
+    if "student" in how:
+        try:
+            students.require_family(args.student)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
 
 
 # ------------------------------------------------------------------------------------------------------- plan of a run
