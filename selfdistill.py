@@ -12,7 +12,7 @@ Where the paper is silent:
   1. The prompt that holds the trajectories is ours (data.py): anonymous readers, their order shuffled for each study.
   2. Decoding is plain sampling at temperature 1, as Eq. 7 says; --temperature and --top_p change it.
   3. A t+ that quotes its readers, is empty or does not end is sampled again (--attempts), then its study is dropped and counted.
-  4. Refusing trajectories are left out of T unless --refusals keep.
+  4. Refusing trajectories are left out of T, and a refusing t+ is sampled again as in 3, unless --refusals keep.
 
 Every study has its own random numbers, and the batches are the same whatever the number of ranks, so 1 and 4 ranks write the same
 file. Each batch is on disk when it is done; the same command goes on where it stopped.
@@ -53,12 +53,14 @@ def parse(argv=None):
     return training.parse(parser, PRESETS, argv)
 
 
-def fault(text, finish):
-    """Why a sample is no t+, or None."""
+def fault(text, finish, task=None):
+    """Why a sample is no t+, or None. task: by which a refusal is told; None keeps refusals."""
     if finish == "length":
         return "unfinished"
     if not text.strip():
         return "empty"
+    if task is not None and data.is_refusal(text, task):
+        return "refuses"
     return "quotes its readers" if QUOTES_A_READER.search(text) else None
 
 
@@ -71,7 +73,7 @@ def sample_batch(model, encoder, batch, args):
         again = []
         for (study, example), seed, (ids, finish) in zip(todo, seeds, out):
             text = encoder.text(ids)
-            if reason := fault(text, finish):
+            if reason := fault(text, finish, encoder.task if args.refusals == "drop" else None):
                 records[study.id] = {"id": study.id, "dropped": reason}
                 again.append((study, example))
             else:
@@ -155,7 +157,8 @@ def run(args):
     def merge():
         records = read_parts(folder)
         ordered = [records[study.id] for study in studies]
-        stats = statistics(studies, records, task)
+        again = [int(record["seed"].split()[-1]) if "seed" in record else args.attempts - 1 for record in ordered]
+        stats = {**statistics(studies, records, task), "refusals_left_out": dropped, "sampled_again": sum(again)}
         for name, key in (("dropped.jsonl", "dropped"), ("positives.jsonl", "t_plus")):
             checkpoint.write_text(folder / name, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ordered if key in r))
         checkpoint.write_text(folder / "stats.json", json.dumps(stats, indent=2) + "\n")
