@@ -264,12 +264,19 @@ def enable_gradient_checkpointing(model):
 # ---------------------------------------------------------------------------------------------------------- sampling
 
 def _folded_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """SDPA that decodes grouped queries without copying the key-value cache once per group: the group goes into the query axis."""
+    """SDPA for a left-padded batch. Decoding puts the query groups into the query axis, which spares a copy of the key-value cache for
+    each group in every step; the prompts go row by row without their padding, causal by themselves, which spares the mask."""
     B, H, q, D = query.shape
-    if q > 1:
+    if q == 1:
+        out = F.scaled_dot_product_attention(query.view(B, key.shape[1], -1, D), key, value, attn_mask=attention_mask, scale=scaling)
+        return out.reshape(B, 1, H, D), None
+    if attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    out = F.scaled_dot_product_attention(query.view(B, key.shape[1], -1, D), key, value, attn_mask=attention_mask, scale=scaling)
-    return out.reshape(B, 1, H, D), None
+    out = torch.zeros_like(query)
+    for b, pad in enumerate((~attention_mask[:, 0, -1]).sum(-1).tolist()):
+        row = slice(b, b + 1), slice(None), slice(pad, None)
+        out[row] = F.scaled_dot_product_attention(query[row], key[row], value[row], is_causal=True, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("folded", _folded_attention)

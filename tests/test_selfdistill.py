@@ -194,6 +194,21 @@ def test_folded_attention_gives_the_tokens_of_sdpa(speaker, encoder, examples, t
     assert calls[False] > calls[True] > 0  # and it was in use, in prefill and in decoding
 
 
+@pytest.mark.parametrize("pads", [(0, 0, 0), (0, 3, 8)])
+def test_prompts_without_their_padding_equal_masked_attention_where_tokens_are(pads):
+    B, H, K, S, D = 3, 6, 2, 9, 8
+    g = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(B, heads, S, D, generator=g) for heads in (H, K, K))
+    i = torch.arange(S)
+    pad = torch.tensor(pads)
+    sees = (i[:, None] >= i) & (i >= pad[:, None])[:, None]  # (B, S, S)
+    out, _ = student._folded_attention(None, query, key, value, sees[:, None], scaling=0.3)
+    scores = 0.3 * query @ key.repeat_interleave(H // K, 1).mT
+    expected = scores.masked_fill(~sees[:, None], -math.inf).softmax(-1) @ value.repeat_interleave(H // K, 1)
+    there = i >= pad[:, None]
+    assert torch.allclose(out[there], expected.transpose(1, 2)[there], atol=1e-6) and torch.isfinite(out).all()
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_folded_attention_equals_grouped_query_attention_written_out(padded):
     B, H, G, S, D = 3, 4, 2, 7, 8  # G key-value heads
