@@ -21,13 +21,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from transformers import AutoTokenizer
-from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil, smart_resize
 
 from metrics.findings import is_refusal as is_chest_refusal
 from metrics.findings import read_findings
+from records import faults, read_jsonl
 
 MAX_IMAGE_PIXELS = 64_000_000  # a film has about 10 million; beyond this Pillow only warns, and a bomb is no film
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")  # no others: Pillow would hand some to outside programs
@@ -184,67 +182,6 @@ class Study:
     record: dict = field(default=None, repr=False)
 
 
-def read_jsonl(path):
-    """Yields (line number, object) of a JSON-lines file. Raises ValueError 'file:line: what' for anything that is not one
-    JSON object a line. NaN, a byte-order mark, lone surrogates and torn lines are faults, U+2028 inside a text is not."""
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                record = json.loads(line.decode("utf-8"), parse_constant=lambda name: _refuse(f"{name} is not JSON"), object_pairs_hook=_unique)
-                if b"\\ud" in line.lower():
-                    json.dumps(record, ensure_ascii=False).encode("utf-8")
-            except (ValueError, RecursionError) as error:
-                hint = " (a UTF-8 byte-order mark; save the file without it)" if line.startswith(b"\xef\xbb\xbf") else ""
-                raise ValueError(f"{path}:{number}: not a JSON object in UTF-8: {str(error)[:200]}{hint}") from None
-            if not isinstance(record, dict):
-                raise ValueError(f"{path}:{number}: expected a JSON object, found {type(record).__name__}")
-            yield number, record
-
-
-def _refuse(message):
-    raise ValueError(message)
-
-
-def _unique(pairs):
-    """json.loads keeps the last of two equal keys without a word: a second text of one teacher would be lost."""
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        _refuse("the same key twice in one object")
-    return record
-
-
-def faults(record, task):
-    """What is wrong with one studies.jsonl record: a list of sentences, empty if nothing is."""
-    found = []
-    text = lambda value: isinstance(value, str) and value.strip() != ""
-    if not text(record.get("id")):
-        found.append('"id": expected a non-empty string')
-    image = record.get("image")
-    images = image if isinstance(image, list) else [image]
-    if not (1 <= len(images) <= 2 and all(map(text, images))):
-        found.append('"image": expected a path or a list of two paths')
-    labels = record.get("labels", {})
-    if not isinstance(labels, dict):
-        found.append('"labels": expected an object {finding: class}')
-    else:
-        for finding, value in labels.items():
-            if finding not in task.findings:
-                found.append(f'"labels": unknown finding {finding!r}, expected one of {", ".join(task.findings)}')
-            elif isinstance(value, bool) or value not in task.classes:
-                found.append(f'"labels": {finding} is {value!r}, expected one of {", ".join(map(repr, task.classes))}')
-    trajectories = record.get("trajectories", {})
-    if not isinstance(trajectories, dict):
-        found.append('"trajectories": expected an object {teacher: text}')
-    else:
-        found += [f'"trajectories": {name!r} is empty or no text' for name, value in trajectories.items() if not text(value)]
-    for key in ("report", "split", "t_plus"):
-        if record.get(key) is not None and not isinstance(record[key], str):
-            found.append(f'"{key}": expected a string')
-    return found
-
-
 def read_studies(path, task, split=None):
     """All studies of a studies.jsonl, or those of one split (a record without "split" belongs to every split).
     Raises ValueError listing every fault as 'file:line: what, and what was expected'."""
@@ -372,12 +309,22 @@ def load_image(path, root):
         return image.convert("RGB")
 
 
-class Encoder:
+def smart_resize(height, width, factor, min_pixels, max_pixels):
+    """(height, width) at which the student sees an image: multiples of `factor`, within the two bounds."""
+    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
+
+    return smart_resize(height, width, factor, min_pixels, max_pixels)
+
+
+class Encoder:  # torch and transformers are imported in here: the rest of this file runs without them, and `data.py check` in little memory
     """Turns a study into tensors. Needs a student's folder or hub id for its tokenizer and image processor only; the prompt is
     built here, since AutoProcessor wants torchvision. max_pixels bounds an image (28 x 28 pixels make one token), max_tokens a study's
     packed row: what is longer loses the ends of its longest responses (training.fit says beforehand which studies that is)."""
 
     def __init__(self, student, task, images=".", max_pixels=1024 * 28 * 28, max_tokens=None):
+        from transformers import AutoTokenizer
+        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
         self.task, self.images, self.max_tokens = task, images, max_tokens
         self.tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=False)
         self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(student)
@@ -404,6 +351,8 @@ class Encoder:
 
     def prefix(self, prompt, image_grid_thw):
         """v and l in Qwen's chat format -> (P,) ids that end where the response begins."""
+        import torch
+
         ids = []
         if self.task.prompts["system"]:
             ids += [self.start, *self.tokens("system\n" + self.task.prompts["system"]), self.end, *self.tokens("\n")]
@@ -416,6 +365,8 @@ class Encoder:
 
     def response(self, text):
         """t -> (n,) ids that end with the end token."""
+        import torch
+
         return torch.tensor([*self.tokens(text), self.end])
 
     def __call__(self, study, prompt, responses=()):
@@ -430,6 +381,8 @@ class Encoder:
 
     def lengths(self, study, prompt, responses):
         """(P, [n of each response]) of a study in tokens, from the texts and the image's header alone."""
+        import torch
+
         grids = []
         for path in study.images:
             with open_image(path, self.images) as image:
@@ -447,3 +400,9 @@ def shares(lengths, budget):
         kept[i] = min(lengths[i], budget // left)
         budget -= kept[i]
     return list(kept.values())
+
+
+if __name__ == "__main__":
+    import check  # it reads this very module, as `data`
+
+    check.main()

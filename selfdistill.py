@@ -13,7 +13,7 @@ Where the paper is silent:
   1. The prompt that holds the trajectories is ours (data.py): anonymous readers, their order shuffled for each study.
   2. Decoding is plain sampling at temperature 1, as Eq. 7 says; --temperature and --top_p change it.
   3. A t+ that quotes its readers, is empty or does not end is sampled again (--attempts), then its study is dropped and counted.
-  4. Refusing trajectories are left out of T unless --refusals keep.
+  4. Refusing trajectories are left out of T, and a refusing t+ is sampled again as in 3, unless --refusals keep.
 
 Every study has its own random numbers, and the batches are the same whatever the number of ranks, so 1 and 4 ranks write the same
 file. Each batch is on disk when it is done; the same command goes on where it stopped.
@@ -71,12 +71,14 @@ def parse(argv=None):
     return training.parse(parser, PRESETS, argv)
 
 
-def fault(text, finish):
-    """Why a sample is no t+, or None."""
+def fault(text, finish, task=None):
+    """Why a sample is no t+, or None. task: by which a refusal is told; None keeps refusals."""
     if finish != "stop":
         return "unfinished"
     if not text.strip():
         return "empty"
+    if task is not None and data.is_refusal(text, task):
+        return "refuses"
     return "quotes its readers" if QUOTES_A_READER.search(text) else None
 
 
@@ -124,7 +126,7 @@ def server_sampler(server, args, task):
     return encode, sample
 
 
-def sample_batch(sample, batch, args):
+def sample_batch(sample, batch, task, args):
     """batch: [(study, encoded prompt)]. -> one record a study, in order: a positive, or {"id", "dropped": reason}."""
     records, todo = {}, batch
     for attempt in range(args.attempts):
@@ -132,7 +134,7 @@ def sample_batch(sample, batch, args):
         out = sample([example for _, example in todo], seeds)
         again = []
         for (study, example), seed, (text, tokens, finish) in zip(todo, seeds, out):
-            if reason := fault(text, finish):
+            if reason := fault(text, finish, task if args.refusals == "drop" else None):
                 records[study.id] = {"id": study.id, "dropped": reason}
                 again.append((study, example))
             else:
@@ -211,10 +213,10 @@ def run(args):
     with open(folder / f"part-{training.rank()}.jsonl", "ab") as part, threads:
         if server:  # which batches its requests make up is its own affair
             mine = [index for batch in mine for index in batch if studies[index].id not in done]
-            stream = threads.imap_unordered(lambda index: sample_batch(sample, [encoded(index)], args), mine)
+            stream = threads.imap_unordered(lambda index: sample_batch(sample, [encoded(index)], task, args), mine)
         else:
             batches = training.loader(encoded, [[(index,) for index in batch] for batch in mine], args.num_workers)
-            stream = (sample_batch(sample, batch, args) for batch in batches)
+            stream = (sample_batch(sample, batch, task, args) for batch in batches)
         for records in tqdm(stream, total=len(mine), desc="compare", disable=training.rank() > 0):
             lines = [json.dumps(record, ensure_ascii=False) for record in records]
             part.write(("\n" + "\n".join(lines) + "\n").encode())  # the first newline ends a line that a kill may have torn
@@ -224,7 +226,8 @@ def run(args):
     def merge():
         records = read_parts(folder)
         ordered = [records[study.id] for study in studies]
-        stats = statistics(studies, records, task)
+        again = [int(record["seed"].split()[-1]) if "seed" in record else args.attempts - 1 for record in ordered]
+        stats = {**statistics(studies, records, task), "refusals_left_out": dropped, "sampled_again": sum(again)}
         for name, key in (("dropped.jsonl", "dropped"), ("positives.jsonl", "t_plus")):
             checkpoint.write_text(folder / name, "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in ordered if key in r))
         checkpoint.write_text(folder / "stats.json", json.dumps(stats, indent=2) + "\n")

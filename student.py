@@ -23,7 +23,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
-from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, Qwen2_5_VLForConditionalGeneration
+from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.generation import LogitsProcessor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -33,8 +33,20 @@ TRAINABLE = ("lora", "merger", "decoder", "vision")
 LM_HEAD_CHUNK = 512  # rows of fp32 logits alive at a time
 
 
+def require_family(path):
+    """Raises ValueError unless a folder or hub id holds a Qwen2.5-VL, of any size; only its config.json is read."""
+    family = PreTrainedConfig.get_config_dict(path, trust_remote_code=False)[0].get("model_type")
+    if family != "qwen2_5_vl":
+        raise ValueError(
+            f"--student {path} is a {family or 'model without a model_type'}, expected a Qwen2.5-VL (qwen2_5_vl) of any size. For another family "
+            "these would have to be true: data.Encoder writes its chat format and image tokens; student.pack takes its positions from the model "
+            "and lets branches restart behind the prefix; its attention takes a 4-D mask; set_trainable finds its decoder, its vision tower and "
+            "what joins them. tests/test_packed.py then says whether the packed step is still exact")
+
+
 def load(path, dtype=torch.float32, device="cpu"):
-    """A Qwen2.5-VL from a folder or a hub id (safetensors only, no remote code), in eval mode."""
+    """A Qwen2.5-VL of any size from a folder or a hub id (safetensors only, no remote code), in eval mode. Raises ValueError for other families."""
+    require_family(path)
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
     embed = model.model.visual.patch_embed
     # patches do not overlap, so the convolution is a matrix product; Conv3d is several times slower, on CPU and in bf16
@@ -255,12 +267,19 @@ def enable_gradient_checkpointing(model):
 # ---------------------------------------------------------------------------------------------------------- sampling
 
 def _folded_attention(module, query, key, value, attention_mask, scaling=None, **kwargs):
-    """SDPA that decodes grouped queries without copying the key-value cache once per group: the group goes into the query axis."""
+    """SDPA for a left-padded batch. Decoding puts the query groups into the query axis, which spares a copy of the key-value cache for
+    each group in every step; the prompts go row by row without their padding, causal by themselves, which spares the mask."""
     B, H, q, D = query.shape
-    if q > 1:
+    if q == 1:
+        out = F.scaled_dot_product_attention(query.view(B, key.shape[1], -1, D), key, value, attn_mask=attention_mask, scale=scaling)
+        return out.reshape(B, 1, H, D), None
+    if attention_mask is None:
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
-    out = F.scaled_dot_product_attention(query.view(B, key.shape[1], -1, D), key, value, attn_mask=attention_mask, scale=scaling)
-    return out.reshape(B, 1, H, D), None
+    out = torch.zeros_like(query)
+    for b, pad in enumerate((~attention_mask[:, 0, -1]).sum(-1).tolist()):
+        row = slice(b, b + 1), slice(None), slice(pad, None)
+        out[row] = F.scaled_dot_product_attention(query[row], key[row], value[row], is_causal=True, scale=scaling, enable_gqa=True)
+    return out.transpose(1, 2).contiguous(), None
 
 
 AttentionInterface.register("folded", _folded_attention)

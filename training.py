@@ -21,6 +21,8 @@ import transformers
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adamw import adamw
 
+import student as students
+
 # ----------------------------------------------------------------------------------------------------- process group
 
 def init():
@@ -167,12 +169,18 @@ def parse(parser, presets, argv=None):
 
 
 def require(args, **how):
-    """Stops before any work where an input is missing, and says how it is made. how: {flag: the command that makes it}."""
+    """Stops before any work where an input is missing, and says how it is made, or where --student is of a family that the code does
+    not fit. how: {flag: the command that makes the input}."""
     for name, hint in {"studies": "one JSON object a line, see data.py", **how, "output_dir": "name the run's folder"}.items():
         value = getattr(args, name)
         hub_id = name == "student" and value and value.count("/") == 1
         if value is None or not (name == "output_dir" or hub_id or os.path.exists(value)):
             raise SystemExit(f"--{name}{' ' + value if value else ''}: missing; {hint}")
+    if "student" in how:
+        try:
+            students.require_family(args.student)
+        except ValueError as error:
+            raise SystemExit(str(error)) from None
 
 
 # ------------------------------------------------------------------------------------------------------- plan of a run

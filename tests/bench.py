@@ -295,21 +295,24 @@ def step(args):
 
 
 def sample(args):
-    """Folded against plain attention while t+ is decoded; the prompts go through the same code in both."""
+    """Folded against plain attention: while t+ is decoded, which is what --json gives, and with the prompts before it.
+
+    On CPU the process's own time counts, so that whatever else runs there does not."""
     torch.set_num_threads(args.threads)
+    now = time.process_time if args.device == "cpu" else lambda: clock(args.device)
     responses, model = SIZES[args.size]["responses"], build(args.size, args.device)
     encoder = SimpleNamespace(pad=0, end=model.config.text_config.vocab_size)  # an end that never comes
     # Eq. 7's prompt has all trajectories in it; lengths differ from row to row, so that there is padding
     examples = [make_study(args.size, more=sum(responses[1:]) - row % responses[1]) for row in range(args.batch)]
     starts, whole, decoding, ids = [], {"folded": [], "plain": []}, {"folded": [], "plain": []}, {}
-    model.register_forward_pre_hook(lambda *_: starts.append(clock(args.device)))
+    model.register_forward_pre_hook(lambda *_: starts.append(now()))
     for _ in range(1 + args.repeats):
         for name, attention in (("folded", student._folded_attention), ("plain", sdpa_attention_forward)):
             transformers.AttentionInterface.register("folded", attention)
             starts.clear()
             out = student.sample(model, encoder, examples, range(args.batch), temperature=0, max_new_tokens=args.new_tokens or max(responses))
-            whole[name].append(clock(args.device) - starts[0])
-            decoding[name].append(clock(args.device) - starts[1])
+            whole[name].append(now() - starts[0])
+            decoding[name].append(now() - starts[1])
             ids[name] = torch.stack([row for row, _ in out])
     ratios = [statistics.median(b / a for a, b in zip(times["folded"][1:], times["plain"][1:])) for times in (decoding, whole)]
     same = (ids["folded"] == ids["plain"]).float().mean().item()

@@ -38,6 +38,12 @@ def test_a_text_that_is_empty_or_does_not_end_is_no_positive(text, finish, reaso
     assert selfdistill.fault(text, finish) == reason
 
 
+def test_a_refusal_is_no_positive_unless_refusals_are_kept():
+    text = "I'm sorry, I cannot help with medical images."
+    assert selfdistill.fault(text, "stop", data.CHEST) == "refuses" and selfdistill.fault(text, "stop") is None
+    assert selfdistill.fault("I cannot give a diagnosis, but there is a small effusion.", "stop", data.CHEST) is None
+
+
 # ---------------------------------------------------------------------------------------------------- the next token
 
 LOGITS = torch.tensor([1.0, -2.0, 0.5, 3.0, 2.5, -math.inf, 0.0, 2.0])
@@ -177,6 +183,21 @@ def test_folded_attention_gives_the_tokens_of_sdpa(speaker, encoder, examples, t
     assert calls[False] > calls[True] > 0  # and it was in use, in prefill and in decoding
 
 
+@pytest.mark.parametrize("pads", [(0, 0, 0), (0, 3, 8)])
+def test_prompts_without_their_padding_equal_masked_attention_where_tokens_are(pads):
+    B, H, K, S, D = 3, 6, 2, 9, 8
+    g = torch.Generator().manual_seed(0)
+    query, key, value = (torch.randn(B, heads, S, D, generator=g) for heads in (H, K, K))
+    i = torch.arange(S)
+    pad = torch.tensor(pads)
+    sees = (i[:, None] >= i) & (i >= pad[:, None])[:, None]  # (B, S, S)
+    out, _ = student._folded_attention(None, query, key, value, sees[:, None], scaling=0.3)
+    scores = 0.3 * query @ key.repeat_interleave(H // K, 1).mT
+    expected = scores.masked_fill(~sees[:, None], -math.inf).softmax(-1) @ value.repeat_interleave(H // K, 1)
+    there = i >= pad[:, None]
+    assert torch.allclose(out[there], expected.transpose(1, 2)[there], atol=1e-6) and torch.isfinite(out).all()
+
+
 @pytest.mark.parametrize("padded", [False, True])
 def test_folded_attention_equals_grouped_query_attention_written_out(padded):
     B, H, G, S, D = 3, 4, 2, 7, 8  # G key-value heads
@@ -217,9 +238,10 @@ class Script:
 
 def test_only_failed_samples_are_drawn_again_and_the_first_good_one_stays():
     good, cut, quote, empty = (["effusion", "mild", "."], "stop"), (["effusion"], "length"), (["Reader 1", "."], "stop"), ([], "stop")
-    script = Script({"a": [good, quote], "b": [cut, quote, good, cut], "c": [empty, cut, quote]})
-    args = selfdistill.parse(["--studies", "s", "--seed", "5", "--attempts", "3"])
-    records = selfdistill.sample_batch(script, [(data.Study(name, (), {}, {}), name) for name in "abc"], args)
+    declines = (["I'm sorry,", "I cannot interpret medical images."], "stop")
+    script = Script({"a": [good, quote], "b": [cut, declines, good, cut], "c": [empty, cut, quote]})
+    args = selfdistill.parse(["--studies", "s", "--seed", "5", "--attempts", "3", "--refusals", "drop"])
+    records = selfdistill.sample_batch(script, [(data.Study(name, (), {}, {}), name) for name in "abc"], data.CHEST, args)
     positive = {"t_plus": "effusion mild .", "tokens": 3, "finish": "stop"}
     assert records == [{"id": "a", "seed": "5 a 0", **positive}, {"id": "b", "seed": "5 b 2", **positive},
                        {"id": "c", "dropped": "quotes its readers"}]
@@ -272,6 +294,7 @@ def test_every_study_ends_up_in_one_of_the_two_files_and_is_counted(done, studie
     for record in positives:
         assert set(record) == {"id", "t_plus", "seed", "tokens", "finish"} and record["finish"] == "stop" and record["tokens"] <= 10
         assert record["t_plus"].strip() and record["seed"] in (f"0 {record['id']} 0", f"0 {record['id']} 1")
+    assert stats["sampled_again"] == sum(record["seed"].endswith(" 1") for record in positives) + len(dropped) and stats["refusals_left_out"] == 0
     assert {record["seed"].split()[-1] for record in positives} == {"0", "1"}  # some came with the second attempt
 
 
@@ -288,10 +311,10 @@ def test_stage_3_reads_what_stage_2_writes(done, world, task):
     assert {s.id: s.t_plus for s in chosen} == {r["id"]: r["t_plus"] for r in lines(written["positives.jsonl"])}
 
 
-def test_two_ranks_write_the_bytes_of_one(done, flags, script, tmp_path):
-    script("selfdistill.py", *flags, "--output_dir", tmp_path / "two", ranks=2)
-    assert contents(tmp_path / "two") == done[1]
-    assert not list((tmp_path / "two").glob("part-*"))
+def test_four_ranks_write_the_bytes_of_one(done, flags, script, tmp_path):
+    script("selfdistill.py", *flags, "--output_dir", tmp_path / "four", ranks=4)
+    assert contents(tmp_path / "four") == done[1]
+    assert not list((tmp_path / "four").glob("part-*"))
 
 
 TORN = b'{"id": "train-00003", "t_plus": "\xe2\x80'  # inside a character

@@ -1,0 +1,101 @@
+"""Lines of a studies.jsonl: read, checked, written. Nothing here needs torch, so that what only handles records stays small.
+
+A file is written whole or not at all (`writing`); what is read is checked line by line and never guessed.
+"""
+
+import contextlib
+import json
+import os
+from pathlib import Path
+
+
+def read_jsonl(path):
+    """Yields (line number, object) of a JSON-lines file. Raises ValueError 'file:line: what' for anything that is not one
+    JSON object a line. NaN, a byte-order mark, lone surrogates and torn lines are faults, U+2028 inside a text is not."""
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, 1):
+            if not line.strip():
+                continue
+            try:
+                yield number, parse_line(line)
+            except ValueError as error:
+                raise ValueError(f"{path}:{number}: {error}") from None
+
+
+def parse_line(line):
+    """The object of one line of bytes. Raises ValueError without file and line."""
+    try:
+        record = json.loads(line.decode("utf-8"), parse_constant=lambda name: _refuse(f"{name} is not JSON"), object_pairs_hook=_unique)
+        if b"\\ud" in line.lower():
+            json.dumps(record, ensure_ascii=False).encode("utf-8")
+    except (ValueError, RecursionError) as error:
+        hint = " (a UTF-8 byte-order mark; save the file without it)" if line.startswith(b"\xef\xbb\xbf") else ""
+        raise ValueError(f"not a JSON object in UTF-8: {str(error)[:200]}{hint}") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"expected a JSON object, found {type(record).__name__}")
+    return record
+
+
+def _refuse(message):
+    raise ValueError(message)
+
+
+def _unique(pairs):
+    """json.loads keeps the last of two equal keys without a word: a second text of one teacher would be lost."""
+    record = dict(pairs)
+    if len(record) < len(pairs):
+        _refuse("the same key twice in one object")
+    return record
+
+
+def faults(record, task):
+    """What is wrong with one studies.jsonl record: a list of sentences, empty if nothing is."""
+    found = []
+    text = lambda value: isinstance(value, str) and value.strip() != ""
+    if not text(record.get("id")):
+        found.append('"id": expected a non-empty string')
+    image = record.get("image")
+    images = image if isinstance(image, list) else [image]
+    if not (1 <= len(images) <= 2 and all(map(text, images))):
+        found.append('"image": expected a path or a list of two paths')
+    labels = record.get("labels", {})
+    if not isinstance(labels, dict):
+        found.append('"labels": expected an object {finding: class}')
+    else:
+        for finding, value in labels.items():
+            if finding not in task.findings:
+                found.append(f'"labels": unknown finding {finding!r}, expected one of {", ".join(task.findings)}')
+            elif isinstance(value, bool) or value not in task.classes:
+                found.append(f'"labels": {finding} is {value!r}, expected one of {", ".join(map(repr, task.classes))}')
+    trajectories = record.get("trajectories", {})
+    if not isinstance(trajectories, dict):
+        found.append('"trajectories": expected an object {teacher: text}')
+    else:
+        found += [f'"trajectories": {name!r} is empty or no text' for name, value in trajectories.items() if not text(value)]
+    for key in ("report", "split", "t_plus"):
+        if record.get(key) is not None and not isinstance(record[key], str):
+            found.append(f'"{key}": expected a string')
+    return found
+
+
+@contextlib.contextmanager
+def writing(path):
+    """A binary file that appears under its name once it is complete and on the disk; after an error nothing is left of it."""
+    path = Path(path)
+    temporary = path.with_name(f".tmp-{path.name}")
+    try:
+        with open(temporary, "wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    os.fsync(folder)
+    os.close(folder)
+
+
+def line_of(record):
+    """One line of a JSON-lines file, as bytes."""
+    return (json.dumps(record, ensure_ascii=False) + "\n").encode("utf-8")

@@ -1,0 +1,232 @@
+"""Records from elsewhere to studies.jsonl, and studies.jsonl to TRL's preference format.
+
+    python tools/convert.py studies cxr_max.jsonl --mapping mapping.json --out studies.jsonl
+    python tools/convert.py trl --studies studies.jsonl --positives runs/positives/positives.jsonl --images DIR --out preferences.jsonl
+
+studies: the schema of the published CXR-MAX is not known here, so a mapping file names its fields. Input: .jsonl, .json (a list of
+objects) or .csv. One row a study, or one row an answer: then "trajectories" names the teacher's field and the text's, and the rows of
+an id are put together. An example of each, as tools/cxr_max_mapping.json and in README:
+
+    {"id": "study_id", "image": "image_path", "split": "split", "report": "findings",
+     "labels": {"Edema": "labels.edema"}, "classes": {"positive": 1, "negative": 0, "uncertain": -1},
+     "trajectories": {"gpt-5": "responses.gpt5", "grok-4": "responses.grok4"}}
+    {"id": {"field": "image", "match": "s[0-9]{8}"}, "image": "image", "labels": "labels",
+     "trajectories": {"teacher": "model", "text": "messages.1.content"}}
+
+A field is a path, its steps joined by dots, a number being a place in a list; {"field", "match"} takes the part of it that matches.
+"labels" names an object {finding: class} or a field for each finding; "classes" says what the file's words for the classes mean; a
+field that is absent or null is left out. Every record is checked as the stages check it; nothing is written if one is faulty.
+
+trl: one row for each teacher of a study that has a t+: prompt and chosen (t+) and rejected (t^u) as messages, images as paths, which
+datasets.load_dataset("json", ...).cast_column("images", datasets.List(datasets.Image())) opens. TRL knows pairs only: the N negatives
+of a study become N independent rows, DPO takes the place of Eq. 11, and the weights w_u are lost.
+"""
+
+import argparse
+import csv
+import json
+import re
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from tqdm import tqdm  # noqa: E402
+
+import data  # noqa: E402
+from records import faults, line_of, read_jsonl, writing  # noqa: E402
+
+FIELDS = ("id", "image", "split", "report")
+
+
+def objects(path):
+    """Yields (place, object) of a .jsonl, .json or .csv; the place is 'file:line', or 'file[index]' in a .json."""
+    if path.endswith(".csv"):
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            reader = csv.DictReader(file, restkey=None)
+            for row in reader:
+                if None in row or None in row.values():
+                    raise ValueError(f"{path}:{reader.line_num}: expected {len(reader.fieldnames)} fields")
+                yield f"{path}:{reader.line_num}", {key: value for key, value in row.items() if value != ""}
+    elif path.endswith(".json"):
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError) as error:
+            raise ValueError(f"{path}: not a JSON file: {error}") from None
+        if not isinstance(content, list):
+            raise ValueError(f"{path}: expected a list of objects, found {type(content).__name__}")
+        yield from ((f"{path}[{at}]", item) for at, item in enumerate(content))
+    else:
+        yield from ((f"{path}:{line}", record) for line, record in read_jsonl(path))
+
+
+def read_mapping(path):
+    """Raises ValueError naming the file and what was expected."""
+    try:
+        mapping = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path}: not a JSON file: {error}") from None
+
+    def expect(condition, what):
+        if not condition:
+            raise ValueError(f"{path}: expected {what}")
+
+    field = lambda value: isinstance(value, str) or isinstance(value, dict) and set(value) == {"field", "match"} \
+        and all(isinstance(v, str) for v in value.values())
+    expect(isinstance(mapping, dict) and {"id", "image", "trajectories"} <= set(mapping), 'an object with "id", "image" and "trajectories"')
+    expect(set(mapping) <= {*FIELDS, "labels", "classes", "trajectories"}, f"only {', '.join(FIELDS)}, labels, classes and trajectories")
+    for key in FIELDS:
+        expect(key not in mapping or field(mapping[key]), f'"{key}": the path of a field, or {{"field", "match"}}')
+    labels, trajectories = mapping.get("labels", {}), mapping["trajectories"]
+    expect(isinstance(labels, str) or isinstance(labels, dict) and all(map(field, labels.values())), '"labels": a field, or {finding: field}')
+    expect(isinstance(mapping.get("classes", {}), dict), '"classes": {word in the file: class of the task}')
+    expect(isinstance(trajectories, dict) and trajectories and all(map(field, trajectories.values())),
+           '"trajectories": {teacher: field}, or {"teacher": field, "text": field}')
+    for value in [v for part in (mapping, labels, trajectories) if isinstance(part, dict) for v in part.values()]:
+        if isinstance(value, dict) and set(value) == {"field", "match"}:
+            try:
+                re.compile(value["match"])
+            except re.error as error:
+                raise ValueError(f"{path}: {value['match']!r}: no regular expression: {error}") from None
+    return mapping
+
+
+def get(item, field):
+    """What stands at a field of an object, None if nothing does or its "match" is not in it."""
+    path, match = (field["field"], field["match"]) if isinstance(field, dict) else (field, None)
+    for step in path.split("."):
+        if isinstance(item, dict):
+            item = item.get(step)
+        elif isinstance(item, list) and step.isdigit() and int(step) < len(item):
+            item = item[int(step)]
+        else:
+            return None
+    if match is not None:
+        found = re.search(match, str(item)) if item is not None else None
+        return found[0] if found else None
+    return item
+
+
+def convert(item, mapping):
+    """One object of the file -> a record of studies.jsonl, perhaps with one teacher's text only."""
+    record = {key: get(item, mapping[key]) for key in FIELDS if key in mapping}
+    record = {key: value for key, value in record.items() if value is not None}
+    if isinstance(record.get("id"), int):
+        record["id"] = str(record["id"])
+    labels = mapping.get("labels", {})
+    labels = get(item, labels) if isinstance(labels, str) else {finding: get(item, field) for finding, field in labels.items()}
+    if isinstance(labels, dict):
+        classes = mapping.get("classes", {})
+        labels = {finding: classes.get(str(value), value) for finding, value in labels.items() if value is not None}
+    record["labels"] = {} if labels is None else labels
+    texts = mapping["trajectories"]
+    if set(texts) == {"teacher", "text"}:
+        texts = {get(item, texts["teacher"]): get(item, texts["text"])}
+    else:
+        texts = {teacher: text for teacher, field in texts.items() if (text := get(item, field)) is not None}
+    record["trajectories"] = texts
+    return record
+
+
+def studies(args):
+    """Writes args.out; returns {"studies", "trajectories": {teacher: n}}. Raises ValueError listing every fault with its place."""
+    mapping, task = read_mapping(args.mapping), data.load_task(args.task_file)
+    long, records, wrong = set(mapping["trajectories"]) == {"teacher", "text"}, {}, []
+    for place, item in tqdm(objects(args.file), desc="rows", disable=None):
+        record = convert(item, mapping) if isinstance(item, dict) else {}
+        found = [f'"trajectories": the teacher is {name!r}, expected a name' for name in record.get("trajectories", {})
+                 if not isinstance(name, str) or not name] or faults(record, task)
+        known = None if found else records.get(record["id"])
+        if known and not long:
+            found = [f'"id": {record["id"]!r} stands there twice, expected one row a study']
+        elif known and set(known["trajectories"]) & set(record["trajectories"]):
+            found = [f"a second text of {', '.join(record['trajectories'])} for study {record['id']!r}, expected one"]
+        elif known and (other := [key for key in (*FIELDS, "labels") if known.get(key) != record.get(key)]):
+            found = [f"{', '.join(other)} of study {record['id']!r} differ from an earlier row, expected the same"]
+        elif known:
+            known["trajectories"] |= record["trajectories"]
+        elif not found:
+            records[record["id"]] = record
+        wrong += [f"{place}: {fault}" for fault in found]
+    if wrong:
+        more = f"\n... and {len(wrong) - 20} more" if len(wrong) > 20 else ""
+        raise ValueError("\n".join(wrong[:20]) + more)
+    if not records:
+        raise ValueError(f"{args.file}: no row, expected at least one")
+    with writing(args.out) as file:
+        file.writelines(map(line_of, records.values()))
+    teachers = data.teacher_names([data.Study(r["id"], (), {}, r["trajectories"]) for r in records.values()])
+    counts = {teacher: sum(teacher in r["trajectories"] for r in records.values()) for teacher in teachers}
+    print(f"{args.out}: {len(records)} studies; {', '.join(f'{teacher} {n}' for teacher, n in counts.items())}")
+    return {"studies": len(records), "trajectories": counts}
+
+
+def preferences(study, task, images, prompt):
+    """The rows of a study, one for each teacher that answered. TRL puts the images before the text of the user's message, as the stages do."""
+    for path in study.images:
+        with data.open_image(path, images):
+            pass
+    said = lambda role, text: {"role": role, "content": text}
+    system = [said("system", task.prompts["system"])] if task.prompts["system"] else []
+    for teacher, text in study.trajectories.items():
+        yield {"prompt": [*system, said("user", data.student_prompt(study, task, prompt))], "chosen": [said("assistant", study.t_plus)],
+               "rejected": [said("assistant", text)], "images": [str(data.image_path(path, images)) for path in study.images],
+               "study": study.id, "teacher": teacher}
+
+
+def trl(args):
+    """Writes args.out; returns {"studies", "rows"}."""
+    task = data.load_task(args.task_file)
+    read = data.read_positives(args.positives, data.read_studies(args.studies, task, args.split))
+    data.keep_teachers(read, args.teachers)
+    if args.refusals == "drop":
+        read, dropped = data.drop_refusals(read, task)
+        print(f"{dropped} refusals dropped")
+    rows = 0
+    with writing(args.out) as file:
+        for study in tqdm(read, desc="studies", disable=None):
+            for row in preferences(study, task, args.images, args.prompt):
+                file.write(line_of(row))
+                rows += 1
+    print(f"{args.out}: {rows} pairs of {len(read)} studies. Each teacher is a pair of its own here: the weights w_u are lost, "
+          "and DPO on these pairs is not Eq. 11")
+    return {"studies": len(read), "rows": rows}
+
+
+def parse(argv=None):
+    text, epilog = __doc__.split("\n\n", 1)
+    parser = argparse.ArgumentParser(description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", required=True)
+    p = commands.add_parser("studies", help="records from elsewhere to studies.jsonl")
+    p.set_defaults(run=studies)
+    p.add_argument("file", help=".jsonl, .json or .csv")
+    p.add_argument("--mapping", required=True, help="mapping.json, which names the file's fields")
+    p.add_argument("--out", default="studies.jsonl", help="default: %(default)s")
+    q = commands.add_parser("trl", help="studies.jsonl and positives.jsonl to TRL's preference pairs")
+    q.set_defaults(run=trl)
+    q.add_argument("--studies", required=True, help="studies.jsonl")
+    q.add_argument("--positives", required=True, help="positives.jsonl of stage 2")
+    q.add_argument("--images", default=".", help="folder that the image paths are relative to (default: %(default)s)")
+    q.add_argument("--split", default="train", help="which studies (default: %(default)s)")
+    q.add_argument("--teachers", help="NAME,...: only these teachers (default: all)")
+    q.add_argument("--refusals", choices=("keep", "drop"), default="drop", help="trajectories that decline to answer (default: %(default)s)")
+    q.add_argument("--prompt", choices=("student", "teacher"), default="student", help="teacher: Appendix B's, which names the diagnosis")
+    q.add_argument("--out", default="preferences.jsonl", help="default: %(default)s")
+    for command in (p, q):
+        command.add_argument("--task_file", help="task.json; without it MIMIC-CXR's 14 findings")
+        command.add_argument("--json", action="store_true", help="end with one line of JSON")
+    return parser.parse_args(argv)
+
+
+def main():
+    args = parse()
+    try:
+        report = args.run(args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"convert: {error}") from None
+    if args.json:
+        print(json.dumps(report))
+
+
+if __name__ == "__main__":
+    main()
