@@ -109,8 +109,8 @@ def responses(model, encoder, examples, seeds=SEEDS, temperature=1.0, top_p=1.0,
 def test_a_response_ends_with_its_only_end_token_or_is_marked_as_cut(speaker, encoder, examples):
     out = responses(speaker, encoder, examples * 4, [f"{i}" for i in range(24)])
     assert "stop" in {finish for _, finish in out}
-    (cut,) = [pair for pair, (ids, _) in zip(student.sample(speaker, encoder, examples[:1], ["0"], max_new_tokens=1), out) if len(ids) > 1]
-    assert cut[1] == "length" and len(cut[0]) == 1
+    longer = next(i for i, (ids, _) in enumerate(out) if len(ids) > 1)
+    assert responses(speaker, encoder, [(examples * 4)[longer]], [f"{longer}"], max_new_tokens=1) == [(out[longer][0][:1], "length")]
     for ids, finish in out:
         if finish == "stop":
             assert ids[-1] == encoder.end and ids.count(encoder.end) == 1 and len(ids) <= 24
@@ -150,6 +150,8 @@ def decode_greedily(model, encoder, example, steps):
 @pytest.mark.parametrize("folder", ["base", "talker"])
 def test_temperature_zero_is_argmax_decoding_token_by_token(folder, encoder, examples, request):
     model = student.load(request.getfixturevalue(folder))
+    with torch.no_grad():
+        model.lm_head.weight[encoder.image_pad] = 0  # else it may write the image's own token, which a whole forward takes for a film
     expected = [decode_greedily(model, encoder, example, 12) for example in examples]
     assert len(set(map(tuple, expected))) > 1
     assert [ids for ids, _ in responses(model, encoder, examples, temperature=0.0, max_new_tokens=12)] == expected
