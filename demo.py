@@ -250,9 +250,10 @@ def main():
         p.add_argument("--json", action="store_true", help="end with one line of JSON")
     args = parser.parse_args()
     if args.command in ("ladder", "beta"):
+        import demo_beta
         import demo_ladder
 
-        results = getattr(demo_ladder, args.command)(args)
+        results = demo_ladder.ladder(args) if args.command == "ladder" else demo_beta.beta(args)
         if args.json:
             print(json.dumps(results))
         return

@@ -1,7 +1,7 @@
 """The experiment on the scale model: which of the paper's claims hold there? EXPERIMENT.md has the question, the rows and the rules.
 
     python demo.py ladder --jobs 2                        every row in both worlds, seeds 0-4 -> runs/ladder/results.json
-    python demo.py beta --jobs 2                          APO at five values of beta, after it -> runs/ladder/beta.json, beta.svg
+    python demo.py beta --jobs 2                          APO at five values of beta, after it: demo_beta.py
     python evaluate.py ablation runs/ladder/results.json  the ladder beside the paper's Table 5
 
 A world and seed is a chain of run folders, OUT/WORLD-SEED/CELL, each a stage's own; scored students leave a cell.json there. What
@@ -33,10 +33,9 @@ import selfdistill
 import spd
 import student
 import training
-from demo_world import FINDINGS, GRADES, TEACHERS, VOICES, make, speak, write_jsonl
+from demo_world import FINDINGS, TEACHERS, VOICES, make, speak, write_jsonl
 
 ANSWER = 96                                # tokens at most; the longest report has about 70
-BETAS = (2.0, 1.0, 0.5, 0.25, 0.1)
 MODES = ("sampled", "voiced", "greedy")
 
 # The settings that differ from the presets 'demo'. Rows that go on from pi_st see each study once, four a step, like APO.
@@ -57,7 +56,7 @@ ROWS = ("label prior", *TEACHERS, BEST, VOTE, T_PLUS, ONE, ALL, NO_REPLAY, CONTI
 
 def chain(folder, world, seed, options):
     """All cells of one world and seed in `folder`, from the films to the last row. options: films, split, max_steps, bases."""
-    films = {"train": options["films"], "validate": options["films"], "test": options["films"]} if options["films"] else {}
+    films = dict.fromkeys(("train", "validate", "test"), options["films"]) if options["films"] else {}
     if not (folder / "world" / "task.json").exists():
         make(folder / "world", seed, world, **films)
     task = data.load_task(folder / "world" / "task.json")
@@ -65,9 +64,10 @@ def chain(folder, world, seed, options):
     train, test = ([study for study in every if study.split == split] for split in ("train", options["split"]))
     replay, base, untaught = folder / "world" / "replay.jsonl", *options["bases"]
 
+    inputs = inputs_of(folder, seed)
+
     def run(stage, cell, start, **flags):
-        flags = {"studies": folder / "world" / "studies.jsonl", "images": folder / "world", "task_file": folder / "world" / "task.json",
-                 "student": start, "output_dir": folder / cell, "seed": seed, **flags}
+        flags = {**inputs, "student": start, "output_dir": folder / cell, **flags}
         if options["max_steps"] and stage is not selfdistill:
             flags["max_steps"] = options["max_steps"]
         stage.run(stage.parse(["--preset=demo", *(f"--{key}={value}" for key, value in flags.items())]))
@@ -127,6 +127,10 @@ def chain(folder, world, seed, options):
 def in_words(reading):
     """{finding: class} -> {its word in a text: class}."""
     return {FINDINGS[finding]: value for finding, value in reading.items()}
+
+
+def inputs_of(folder, seed):
+    return {"studies": folder / "world" / "studies.jsonl", "images": folder / "world", "task_file": folder / "world" / "task.json", "seed": seed}
 
 
 def write_cell(folder, record):
@@ -268,93 +272,6 @@ def mean_accuracy(cell, mode):
     return cell.get(mode, cell.get("given"))["mean"]
 
 
-# ------------------------------------------------------------------------------------------------ beta as guidance scale
-
-def beta_chain(folder, world, seed, options):
-    """APO (LoRA) at every beta, on a finished chain of the ladder, and what theory predicts from pi_st and fine-tuning on t+.
-
-    With pi_st the teachers' mixture p- and t+ ~ p+, the optimum of Eq. 11 is p-^(1 - 1/beta) p+^(1/beta). 'SPD + fine-tuning on t+'
-    aims at p+ itself, so log pi_beta - log pi_st should be 1/beta times log pi_tuned - log pi_st: `slope` is what it is, by least
-    squares over the grades of each finding on each film; `predicted` the accuracy of the distribution that the formula gives.
-    """
-    task = data.load_task(folder / "world" / "task.json")
-    every = data.read_studies(folder / "world" / "studies.jsonl", task)
-    test = [study for study in every if study.split == options["split"]]
-    chosen = data.read_positives(folder / "positives" / "positives.jsonl", [study for study in every if study.split == "train"])[:200]
-    encoder = data.Encoder(folder / "spd_all" / "student", task, folder / "world")
-    truth = torch.tensor([[GRADES.index(study.labels[f]) for f in FINDINGS] for study in test])
-
-    def probe(model):
-        """log pi of the grades, (n, 5, 3), each normalised over the three, and log pi(t+) of `chosen`, (n,)."""
-        packed, grades, positives = student.PackedStudent(student.load(model)).eval(), [], []
-        with torch.no_grad():
-            for study in test:
-                grades.append(packed.logps(student.pack([encoder(study, data.student_prompt(study, task), grade_texts(study, task))], packed.model)))
-            for study in chosen:
-                positives.append(packed.logps(student.pack([encoder(study, data.student_prompt(study, task), [study.t_plus])], packed.model)))
-        return torch.cat(grades).view(len(test), len(FINDINGS), len(GRADES)).log_softmax(-1), torch.cat(positives)[:, 0]
-
-    pi_st, of_t_plus = probe(folder / "spd_all" / "student")
-    direction = probe(folder / "tuned" / "student")[0] - pi_st
-    centred = lambda x: x - x.mean(-1, keepdim=True)
-    for beta in BETAS:
-        cell = folder / f"beta_{beta}"
-        if (cell / "cell.json").exists():
-            continue
-        flags = {"studies": folder / "world" / "studies.jsonl", "images": folder / "world", "task_file": folder / "world" / "task.json",
-                 "student": folder / "spd_all" / "student", "positives": folder / "positives" / "positives.jsonl", "output_dir": cell,
-                 "seed": seed, **CRITIQUE["LoRA"], "beta": beta, **({"max_steps": options["max_steps"]} if options["max_steps"] else {})}
-        apo.run(apo.parse(["--preset=demo", *(f"--{key}={value}" for key, value in flags.items())]))
-        grades, after = probe(cell / "student")
-        predicted = (pi_st + direction / beta).softmax(-1).gather(-1, truth[..., None]).mean().item()
-        seen = grades.exp().gather(-1, truth[..., None]).mean().item()
-        slope = (centred(grades - pi_st) * centred(direction)).sum() / centred(direction).square().sum()
-        write_cell(cell, {"world": world, "seed": seed, "beta": beta, **student_scores(cell / "student", test, task, folder / "world", seed),
-                          "log_ratio_of_t_plus": (after - of_t_plus).mean().item(), "slope": slope.item(), "predicted": predicted, "seen": seen})
-
-
-def grade_texts(study, task):
-    """Fifteen texts in one plain voice: for each finding the vote's reading with that finding's grade set to each of the three."""
-    reading = {word: data.vote(study.trajectories, task).get(finding, GRADES[0]) for finding, word in FINDINGS.items()}
-    return [speak("qwen-vl-max", {**reading, word: grade}, np.random.default_rng(0)) for word in FINDINGS.values() for grade in GRADES]
-
-
-STYLE = ("svg{--ink:#333;--line:#1f6f8b;background:#fff} text{fill:var(--ink)} .axis{stroke:var(--ink);fill:none} "
-         ".mean{stroke:var(--line);fill:none;stroke-width:2} .dash{stroke-dasharray:5 4} circle{fill:var(--line);opacity:.45} "
-         "@media(prefers-color-scheme:dark){svg{--ink:#ddd;--line:#6fc3df;background:#1b1d20}}")
-
-
-def beta_figure(cells):
-    """Three panels against 1/beta, a dot for each seed and a line through the means: accuracy (sampled; dashed: predicted), unread
-    rate of sampled answers, log pi_theta(t+) - log pi_st(t+). -> SVG text."""
-    return "\n".join([
-        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 270" role="img" font-family="sans-serif" font-size="12">',
-        f"<title>APO on the scale model against 1/beta</title><style>{STYLE}</style>",
-        *panel(cells, 55, "accuracy, sampled (dashed: predicted)", lambda cell: cell["sampled"]["mean"], lambda cell: cell["predicted"]),
-        *panel(cells, 355, "unread, sampled", lambda cell: cell["sampled"]["unread"]),
-        *panel(cells, 655, "log-ratio of t+, nats", lambda cell: cell["log_ratio_of_t_plus"]), "</svg>"]) + "\n"
-
-
-def panel(cells, left, title, value, dashed=None, width=225, top=35, height=180):
-    """One panel of `beta_figure`, its lower left corner at `left` (pixels): value(cell) as dots and mean line, dashed(cell) as a line."""
-    betas = sorted({cell["beta"] for cell in cells}, reverse=True)
-    values = [f(cell) for cell in cells for f in (value, dashed) if f]
-    margin = 0.05 * (max(values) - min(values) or 1)
-    low, high = min(values) - margin, max(values) + margin
-    steps = math.log2(betas[0] / betas[-1]) or 1
-    x = lambda beta: left + 12 + (width - 24) * math.log2(betas[0] / beta) / steps
-    y = lambda v: top + height * (high - v) / (high - low)
-    mean = lambda f, beta: statistics.mean(f(cell) for cell in cells if cell["beta"] == beta)
-    line = lambda f: " ".join(f"{x(beta):.1f},{y(mean(f, beta)):.1f}" for beta in betas)
-    return [f'<text x="{left}" y="20" font-weight="bold">{title}</text><path class="axis" d="M{left} {top}V{top + height}H{left + width}"/>',
-            *(f'<text x="{x(beta):.1f}" y="{top + height + 18}" text-anchor="middle">{1 / beta:g}</text>' for beta in betas),
-            *(f'<text x="{left - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{v:.2f}</text>' for v in (low, (low + high) / 2, high)),
-            f'<text x="{left + width / 2}" y="{top + height + 38}" text-anchor="middle">1/beta</text>',
-            *(f'<circle cx="{x(cell["beta"]):.1f}" cy="{y(value(cell)):.1f}" r="3.5"/>' for cell in cells),
-            f'<polyline class="mean" points="{line(value)}"/>',
-            *([f'<polyline class="mean dash" points="{line(dashed)}"/>'] if dashed else [])]
-
-
 # ------------------------------------------------------------------------------------------------------------ running
 
 def work(job):
@@ -397,7 +314,7 @@ def options_of(args, bases=None):
 
 
 def ladder(args):
-    """All cells, then results.json: {"experiment", "cells", "claims"}."""
+    """All cells, then results.json: {"experiment", "cells", "claims"}, and its tables for README.md and EXPERIMENT.md."""
     import demo
 
     out = Path(args.out)
@@ -412,39 +329,13 @@ def ladder(args):
     cells.sort(key=lambda cell: (args.worlds.index(cell["world"]), cell["seed"], ROWS.index(cell["row"])))
     results = {"experiment": experiment(args), "claims": claims(cells), "cells": cells}
     checkpoint.write_text(out / "results.json", json.dumps(results) + "\n")
+    checkpoint.write_text(out / "tables.md", paper_tables.ladder_markdown(results) + "\n" + paper_tables.claims_markdown(results))
     print(paper_tables.ladder_table(results))
     return results
-
-
-def beta(args):
-    """All values of beta on a ladder that stands, then beta.json and beta.svg."""
-    out = Path(args.out)
-    for world in args.worlds:
-        for seed in args.seeds:
-            if not (out / f"{world}-{seed}" / "tuned" / "student").exists():
-                raise SystemExit(f"{out / f'{world}-{seed}'}: no finished chain; run first: python demo.py ladder --out {out}")
-    cells = read_cells(run_chains(beta_chain, args, options_of(args)), "beta_*/cell.json")
-    results = {"experiment": experiment(args), "cells": cells}
-    checkpoint.write_text(out / "beta.json", json.dumps(results) + "\n")
-    checkpoint.write_text(out / "beta.svg", beta_figure(cells))
-    print(beta_table(cells))
-    return results
-
-
-def beta_table(cells):
-    """Means over worlds and seeds, one line for each beta."""
-    columns = {"slope": lambda c: c["slope"], "predicted": lambda c: c["predicted"], "seen": lambda c: c["seen"],
-               **{mode: lambda c, mode=mode: c[mode]["mean"] for mode in MODES},
-               "unread": lambda c: c["sampled"]["unread"], "nats of t+": lambda c: c["log_ratio_of_t_plus"]}
-    lines = [f"{'1/beta':>8}" + "".join(f"{name:>12}" for name in columns)]
-    for value in sorted({cell["beta"] for cell in cells}, reverse=True):
-        of = [cell for cell in cells if cell["beta"] == value]
-        lines.append(f"{1 / value:>8.2f}" + "".join(f"{statistics.mean(map(f, of)):>12.3f}" for f in columns.values()))
-    return "\n".join(lines)
 
 
 def experiment(args):
     """What results.json says of itself: settings, versions, commit."""
     return {"command": f"python demo.py {args.command}", "split": args.split, "worlds": args.worlds, "seeds": args.seeds, "films": args.films,
-            "max_steps": args.max_steps, "after": AFTER, "critique": CRITIQUE, "betas": BETAS,
+            "max_steps": args.max_steps, "after": AFTER, "critique": CRITIQUE,
             "learn": spd.PRESETS["demo"], "apo": apo.PRESETS["demo"], "compare": selfdistill.PRESETS["demo"], "environment": checkpoint.environment()}

@@ -183,10 +183,45 @@ def ladder_row(row, seeds, columns):
     first = [of.get("sampled", of.get("given")) for of in seeds]
     line = f"{row:34}" + "".join(f"{statistics.mean(score['accuracy'][f] for score in first):>7.3f}" for f in columns)
     for mode in ("greedy", "voiced", "sampled"):
-        values = [of[mode]["mean"] for of in seeds if mode in of] or [of["given"]["mean"] for of in seeds if mode == "greedy" and "given" in of]
+        values = means(seeds, mode)
         spread = statistics.stdev(values) if len(values) > 1 else 0.0
         line += f"{statistics.mean(values):>8.3f} +-{spread:>4.3f}" if values else f"{'':15}"
     return line + "".join(f"{statistics.mean(score[key] for score in first):>8.3f}" for key in ("unread", "agreement_with_vote"))
+
+
+def ladder_markdown(results):
+    """README's table of the ladder: mean and standard deviation over seeds in each world."""
+    worlds = list(dict.fromkeys(cell["world"] for cell in results["cells"]))
+    lines = ["| | " + " | ".join(f"{world}: sampled | voiced | greedy" for world in worlds) + " |", "| --- |" + " --- | --- | --- |" * len(worlds)]
+    for row in dict.fromkeys(cell["row"] for cell in results["cells"]):
+        columns = []
+        for world in worlds:
+            seeds = [modes(cell) for cell in results["cells"] if (cell["world"], cell["row"]) == (world, row)]
+            for mode in ("sampled", "voiced", "greedy"):
+                values = means(seeds, mode)
+                columns.append(spread(values) if values else "")
+        lines.append(f"| {row} | " + " | ".join(columns) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def claims_markdown(results):
+    """EXPERIMENT.md's table of the claims: mean and 95% interval over seeds in each world."""
+    worlds = list(dict.fromkeys(claim["world"] for claim in results["claims"]))
+    lines = ["| claim | answers | paper | " + " | ".join(worlds) + " |", "| --- | --- | --- |" + " --- |" * len(worlds)]
+    for claim, mode, paper in dict.fromkeys((c["claim"], c["mode"], c["paper"]) for c in results["claims"]):
+        of = {c["world"]: c for c in results["claims"] if (c["claim"], c["mode"]) == (claim, mode)}
+        figures = [f"{c['mean']:+.3f}" + ("" if c["low"] is None else f" [{c['low']:+.3f}, {c['high']:+.3f}]") for c in of.values()]
+        lines.append(f"| {claim} | {mode or ''} | {'' if paper is None else f'{paper:+.2f}'} | " + " | ".join(figures) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def means(seeds, mode):
+    """Mean accuracies of a row in that mode, one a seed; what is read as it is given stands in the greedy column."""
+    return [of[mode]["mean"] for of in seeds if mode in of] or [of["given"]["mean"] for of in seeds if mode == "greedy" and "given" in of]
+
+
+def spread(values):
+    return f"{statistics.mean(values):.3f} ± {statistics.stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
 def modes(cell):

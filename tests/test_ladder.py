@@ -4,11 +4,14 @@ import argparse
 import json
 import shutil
 import statistics
+import textwrap
+from pathlib import Path
 
 import numpy as np
 import pytest
 
 import data
+import demo_beta
 import demo_ladder
 import demo_world
 import paper_tables
@@ -78,22 +81,22 @@ def test_a_chain_that_fails_names_its_log(ladder, tmp_path):
 
 def test_beta_needs_a_ladder_and_draws_a_figure(ladder, tmp_path, monkeypatch):
     with pytest.raises(SystemExit, match="run first: python demo.py ladder"):
-        demo_ladder.beta(mini(tmp_path))
+        demo_beta.beta(mini(tmp_path))
     out, _ = ladder
-    monkeypatch.setattr(demo_ladder, "BETAS", (2.0, 0.5))
+    monkeypatch.setattr(demo_beta, "BETAS", (2.0, 0.5))
     options = demo_ladder.options_of(mini(out))
-    demo_ladder.beta_chain(out / "nuisance-0", "nuisance", 0, options)
+    demo_beta.beta_chain(out / "nuisance-0", "nuisance", 0, options)
     cells = demo_ladder.read_cells([out / "nuisance-0"], "beta_*/cell.json")
     assert [cell["beta"] for cell in cells] == [0.5, 2.0]
     for cell in cells:
         assert all(np.isfinite(cell[key]) for key in ("slope", "predicted", "seen", "log_ratio_of_t_plus"))
-    svg = demo_ladder.beta_figure(cells)
+    svg = demo_beta.beta_figure(cells)
     assert svg.count("<circle") == 6 and svg.count("<polyline") == 4 and "nan" not in svg
-    assert demo_ladder.beta_table(cells).count("\n") == 2
+    assert demo_beta.beta_table(cells).count("\n") == 2
 
 
 def test_the_probe_changes_one_grade_at_a_time(task, studies):
-    texts = demo_ladder.grade_texts(studies[0], task)
+    texts = demo_beta.grade_texts(studies[0], task)
     base = data.vote(studies[0].trajectories, task)
     for i, text in enumerate(texts):
         finding, grade = list(demo_world.FINDINGS)[i // 3], demo_world.GRADES[i % 3]
@@ -143,3 +146,14 @@ def test_another_file_is_no_ladder(tmp_path):
     (tmp_path / "x.json").write_text('{"cells": 3}')
     with pytest.raises(ValueError, match=r"x\.json: not the results\.json of demo\.py ladder"):
         paper_tables.read_ladder(tmp_path / "x.json")
+
+
+def test_the_readme_and_experiment_md_hold_the_committed_results():
+    root = Path(demo_ladder.__file__).parent
+    results = json.loads((root / "tests/data/ladder.json").read_text())
+    assert paper_tables.ladder_markdown(results) in (root / "README.md").read_text()
+    assert paper_tables.claims_markdown(results) in (root / "EXPERIMENT.md").read_text()
+    assert demo_ladder.claims(results["cells"]) == results["claims"]
+    cells = json.loads((root / "tests/data/beta.json").read_text())["cells"]
+    assert demo_beta.beta_figure(cells) == (root / "docs/beta.svg").read_text()
+    assert textwrap.indent(demo_beta.beta_table(cells), "    ") in (root / "README.md").read_text()
