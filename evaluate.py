@@ -5,6 +5,7 @@
     python evaluate.py reports  --student ... --annotation annotation.json --images mimic-cxr-jpg/files                (Tables 3, 7)
     python evaluate.py zeroshot --student ... --open_i DIR --chestx_ray14 DIR --chexpert DIR --chestx_det10 DIR            (Table 4)
     python evaluate.py teachers --studies studies.jsonl                        how far they drift apart, teachers.py (Fig. 1a, Table 2)
+    python evaluate.py ablation runs/ladder/results.json                        the scale model's ladder, from demo.py ladder (Table 5)
     python evaluate.py tables results.json ...                                          every table of the paper with ours beside it
     torchrun --nproc_per_node=4 evaluate.py ...                                             shared over the ranks, the same numbers
 
