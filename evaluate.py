@@ -411,7 +411,7 @@ def parse(argv=None):
     add_student_arguments(p, answers=False)
 
     p = commands.add_parser("tables", help="all tables of the paper beside ours", description=run_tables.__doc__)
-    p.add_argument("results", nargs="*", help="--output files of classify, reports and zeroshot")
+    p.add_argument("results", nargs="*", help="--output files of classify, reports and zeroshot, results.json of demo.py ladder")
     p.add_argument("--json", action="store_true", help="end with one line of JSON")
     teachers.add_arguments(commands.add_parser("teachers", help="how far the teachers drift apart: Fig. 1a, Table 2",
                                                description="The teachers' texts against labels or reports, and against each other."))

@@ -119,7 +119,7 @@ def auc_lines(name, figures):
 
 def collect(paths):
     """Results files of classify, reports and zeroshot -> {table number: {row: figures}}, as `beside` takes them. Rows of a studies.jsonl stand
-    below Table 2 and, if they have the names of its rows, below Table 5."""
+    below Table 2 and, if they have the names of its rows, below Table 5, as do those of `demo.py ladder`."""
     ours = {number: {} for number in TABLES}
     for path in paths:
         try:
@@ -141,8 +141,13 @@ def collect(paths):
             ours[3] |= {name: [row.get(key) for key in TEXT_METRICS] for name, row in rows.items()}
         elif settings.get("command") == "zeroshot":
             ours[4] |= {name: [row.get(dataset, {}).get("macro") for dataset in ZERO_SHOT] for name, row in rows.items()}
+        elif "claims" in content:  # the ladder's students, greedy, mean over seeds
+            for world, row in dict.fromkeys((cell["world"], cell["row"]) for cell in content["cells"] if "greedy" in cell and "voiced" in cell):
+                seeds = [cell["greedy"] for cell in content["cells"] if (cell["world"], cell["row"]) == (world, row)]
+                ours[5][f"{row} [{world}]"] = [statistics.mean(s["accuracy"][f] for s in seeds) for f in FIVE] + [
+                    statistics.mean(s["mean"] for s in seeds)]
         else:
-            raise ValueError(f"{path}: expected the --output of classify, reports or zeroshot")
+            raise ValueError(f"{path}: expected the --output of classify, reports or zeroshot, or results.json of demo.py ladder")
     ours[7] = ours[3]
     return ours
 

@@ -142,6 +142,15 @@ def test_the_ablation_table_prints_ladder_and_paper(ladder, script):
     assert all(row in printed for row in demo_ladder.ROWS) and "paper: SPD, all teachers + APO" in printed and "paper +0.10" in printed
 
 
+def test_the_ladders_students_stand_below_table_5(ladder):
+    out, results = ladder
+    rows = paper_tables.collect([out / "results.json"])[5]
+    cell = next(cell for cell in results["cells"] if cell["row"] == demo_ladder.LORA)
+    expected = [*(cell["greedy"]["accuracy"][f] for f in paper_tables.FIVE), cell["greedy"]["mean"]]
+    assert rows[f"{demo_ladder.LORA} [nuisance]"] == pytest.approx(expected)
+    assert len(rows) == 12 and "here: SPD, one teacher [nuisance]" in paper_tables.beside(5, rows)
+
+
 def test_another_file_is_no_ladder(tmp_path):
     (tmp_path / "x.json").write_text('{"cells": 3}')
     with pytest.raises(ValueError, match=r"x\.json: not the results\.json of demo\.py ladder"):
