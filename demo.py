@@ -213,7 +213,7 @@ def report(args):
     import training
 
     root = Path(args.output_dir).parent
-    training.say("one seed, not a result")
+    training.say("one seed, not a result; EXPERIMENT.md has five, with every control")
     evaluate.run(evaluate.parse([
         "classify", f"--studies={args.studies}", f"--images={args.images}", f"--task_file={args.task_file}", f"--output={root / 'results.json'}",
         f"--student=SPD, all teachers={root / 'spd' / 'student'}", f"--student=SPD, all teachers + APO={root / 'apo' / 'student'}",
