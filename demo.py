@@ -5,7 +5,7 @@ Real weights, films and teachers cannot be shipped. So the default of every stag
 
     python demo.py make --out world --seed 0 --world nuisance      films/, studies.jsonl, replay.jsonl, task.json, to look at
     python demo.py student --out student                           the base student as a folder that from_pretrained loads
-    python demo.py base --out demo_base.safetensors                how that base student was made, minutes on one CPU thread
+    python demo.py base --out demo_base.safetensors                how that base student was made, five minutes on one CPU thread
 
 Qwen is pre-trained, so the tiny student is too, on films and reports of its own: to describe signs in words that name no diagnosis,
 to read several reports, and to write what most of them say. That last skill is privileged help which the paper's student does not
@@ -105,7 +105,7 @@ def caption(grades):
 
 
 def train_base(file, films=1500, steps=1100, seed=0, consensus=True):
-    """Pre-trains the base student and packs it into `file`; about six minutes on one thread.
+    """Pre-trains the base student and packs it into `file`; about five minutes on one thread.
 
     Two things side by side: captions of `films` drawn films, and reading: reports that no film has to do with, and 'what do most
     of them say', answered in three of the teachers' voices and until near the end in a neutral one too, which is learnt faster. At first
