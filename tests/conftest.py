@@ -63,7 +63,7 @@ def talker(base, encoder, tmp_path_factory):
     """The folder of a random student that likes to end: its texts have all lengths, and some do not end in time."""
     model, folder = student.load(base), tmp_path_factory.mktemp("talker")
     with torch.no_grad():
-        model.lm_head.weight[encoder.end] *= 6
+        model.lm_head.weight[encoder.end] *= 8
     demo.save_student(folder, model, encoder.tokenizer)
     return folder
 
