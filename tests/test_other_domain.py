@@ -85,7 +85,8 @@ def test_the_four_stages_run_on_another_task(leaves, capsys):
     assert np.log(3) - 1e-4 < log[0]["loss"] < np.log(4) + 1e-4  # log(1 + N), and N is 2 where the robot declined
 
     capsys.readouterr()
-    argv = ["classify", *map(str, inputs), "--student", f"leaf reader={leaves / 'apo' / 'student'}", "--max_new_tokens", "40", "--mode", "parse", "--json"]
+    argv = ["classify", *map(str, inputs), "--student", f"leaf reader={leaves / 'apo' / 'student'}", "--max_new_tokens", "40", "--json"]
+    argv += ["--mode", "parse"]
     evaluate.run(evaluate.parse(argv))
     rows = json.loads(capsys.readouterr().out.splitlines()[-1])["rows"]
     assert set(rows) == {"label prior", *VOICES, "vote of the teachers", "leaf reader"}

@@ -126,13 +126,12 @@ def test_a_study_samples_the_same_alone_in_company_and_in_any_order(speaker, enc
         assert responses(speaker, encoder, [example], [seed], temperature, top_p) == [expected]
 
 
-def test_another_seed_is_another_sample_and_torchs_own_seed_has_no_say(speaker, encoder, examples):
+def test_another_seed_is_another_sample_and_torchs_own_seed_has_no_say(model, encoder, examples):
     torch.manual_seed(1)
-    first = responses(speaker, encoder, examples)
+    first = responses(model, encoder, examples)
     torch.manual_seed(2)
-    assert responses(speaker, encoder, examples) == first
-    others = responses(speaker, encoder, examples, [f"other {i}" for i in range(6)])
-    assert sum(a != b for a, b in zip(first, others)) >= 4  # two texts that end at once may be the same
+    assert responses(model, encoder, examples) == first
+    assert all(a != b for a, b in zip(first, responses(model, encoder, examples, [f"other {i}" for i in range(6)])))
 
 
 @torch.no_grad()
