@@ -286,6 +286,7 @@ class Job:
 
 def _rank(environment, output, fault, script, flags):
     os.setsid()
+    multiprocessing.set_start_method("fork", force=True)  # what a process that nobody forked would have
     os.environ |= environment
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
