@@ -420,7 +420,7 @@ def make_optimizer(parameters, args, shard):
 def report_non_finite(loss, ids):
     """Names the studies of a micro-batch whose loss is NaN or infinite; `update` then stops all ranks."""
     if not torch.isfinite(loss):
-        print(f"rank {rank()}: loss {float(loss)} on studies {', '.join(ids)}", file=sys.stderr, flush=True)
+        print(f"rank {rank()}: loss {loss.item()} on studies {', '.join(ids)}", file=sys.stderr, flush=True)
 
 
 def update(parameters, optimizer, learning_rate, max_grad_norm):
