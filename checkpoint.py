@@ -271,7 +271,7 @@ class Log:
         total = training.all_reduce(self.now.to(self.device)).cpu()
         step = {name: (float(s), float(c)) for name, (s, c) in zip(self.names, total.tolist())}
         if wrong := [name for name, (s, _) in step.items() if not math.isfinite(s)]:
-            raise FloatingPointError(f"{', '.join(wrong)}: not finite; nothing was updated. The studies are named above")
+            raise FloatingPointError(f"{wrong[0]} of the step is {step[wrong[0]][0]}; nothing was updated. The studies are named above")
         for name, (s, c) in step.items():
             self.sums[name] = [self.sums[name][0] + s, self.sums[name][1] + c]
         self.begin_step()

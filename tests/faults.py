@@ -203,8 +203,10 @@ def full_disk(step, bytes):
 FAULTS = {
     "none": lambda: None, "kill": kill, "kill_save": kill_save, "kill_batch": kill_batch, "hold": hold, "out_of_memory": out_of_memory,
     "full_disk": full_disk,
-    "nan": lambda step: after_forward(step, lambda logps: logps * math.nan), "nan_loss": lambda step: after_forward(step, lambda logps: logps + math.nan),
-    "inf": lambda step: after_forward(step, lambda logps: logps * math.inf), "inf_loss": lambda step: after_forward(step, lambda logps: logps - math.inf),
+    "nan": lambda step: after_forward(step, lambda logps: logps * math.nan),
+    "inf": lambda step: after_forward(step, lambda logps: logps * math.inf),
+    "nan_loss": lambda step: after_forward(step, lambda logps: logps + math.nan),
+    "inf_loss": lambda step: after_forward(step, lambda logps: logps - math.inf),
 }
 
 
@@ -230,6 +232,9 @@ class Job:
 
     def __init__(self, script, flags, output, ranks=1, fault="none"):
         os.environ["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))  # for the server's imports
+        flags = list(map(str, flags))
+        self.log = Path(flags[flags.index("--output_dir") + 1]) / "log.jsonl" if "--output_dir" in flags else None
+        self.log_before = self._log_file()
         self.output, environment = Path(output), {}
         self.output.unlink(missing_ok=True)
         if ranks > 1:
@@ -237,7 +242,7 @@ class Job:
                 probe.bind(("127.0.0.1", 0))
                 environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(ranks)}
         self.ranks = [self.context.Process(target=_rank, args=({**environment, "RANK": str(rank)} if ranks > 1 else {}, str(output), fault,
-                                                               script, list(map(str, flags)))) for rank in range(ranks)]
+                                                               script, flags)) for rank in range(ranks)]
         for process in self.ranks:
             process.start()
 
@@ -263,6 +268,13 @@ class Job:
     def running(self):
         return all(process.exitcode is None for process in self.ranks)
 
+    def _log_file(self):
+        return self.log.stat().st_ino if self.log and self.log.exists() else None
+
+    def logged(self):
+        """Lines of log.jsonl, once this job trains: it begins by cutting the log back, in a new file. 0 before that."""
+        return self.log.read_bytes().count(b"\n") if self._log_file() not in (None, self.log_before) else 0
+
     def wait(self, timeout=60):
         """-> the ranks' exit codes (-9: SIGKILL). Raises TimeoutError."""
         deadline = time.monotonic() + timeout
@@ -282,6 +294,11 @@ class Job:
 
     def text(self):
         return self.output.read_text(errors="replace") if self.output.exists() else ""
+
+
+def children(pid):
+    """The processes that a process has started and that live."""
+    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
 
 
 def _rank(environment, output, fault, script, flags):
