@@ -22,6 +22,14 @@ torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 
 
+def write_positives(file, studies):
+    """t+ without a sampler: a teacher's text and a word."""
+    with open(file, "w") as out:
+        for i, study in enumerate(studies):
+            out.write(json.dumps({"id": study.id, "t_plus": list(study.trajectories.values())[i % 7] + " overall."}) + "\n")
+    return file
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory):
     """A folder with 24 training films, 4 + 8 others, studies.jsonl, task.json, replay.jsonl."""
@@ -51,12 +59,8 @@ def base(tmp_path_factory, studies):
 
 @pytest.fixture(scope="session")
 def positives(tmp_path_factory, studies):
-    """t+ without a sampler, a teacher's text and a word; for 23 of the 24 training studies, so that ranks and batches come out uneven."""
-    file = tmp_path_factory.mktemp("positives") / "positives.jsonl"
-    with open(file, "w") as out:
-        for i, study in enumerate([s for s in studies if s.split == "train"][1:]):
-            out.write(json.dumps({"id": study.id, "t_plus": list(study.trajectories.values())[i % 7] + " overall."}) + "\n")
-    return file
+    """For 23 of the 24 training studies, so that ranks and batches come out uneven."""
+    return write_positives(tmp_path_factory.mktemp("positives") / "positives.jsonl", [s for s in studies if s.split == "train"][1:])
 
 
 @pytest.fixture

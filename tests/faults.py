@@ -233,7 +233,7 @@ class Job:
     def __init__(self, script, flags, output, ranks=1, fault="none"):
         os.environ["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))  # for the server's imports
         flags = list(map(str, flags))
-        self.log = Path(flags[flags.index("--output_dir") + 1]) / "log.jsonl" if "--output_dir" in flags else None
+        self.log = Path(flags[flags.index("--output_dir") + 1] if "--output_dir" in flags else "") / "log.jsonl"
         self.log_before = self._log_file()
         self.output, environment = Path(output), {}
         self.output.unlink(missing_ok=True)
@@ -269,11 +269,15 @@ class Job:
         return all(process.exitcode is None for process in self.ranks)
 
     def _log_file(self):
-        return self.log.stat().st_ino if self.log and self.log.exists() else None
+        return self.log.stat().st_ino if self.log.exists() else None
+
+    def trains(self):
+        """Whether its training loop has begun: it begins by cutting log.jsonl back, in a new file."""
+        return self._log_file() not in (None, self.log_before)
 
     def logged(self):
-        """Lines of log.jsonl, once this job trains: it begins by cutting the log back, in a new file. 0 before that."""
-        return self.log.read_bytes().count(b"\n") if self._log_file() not in (None, self.log_before) else 0
+        """Lines of log.jsonl, once it trains; 0 before that."""
+        return self.log.read_bytes().count(b"\n") if self.trains() else 0
 
     def wait(self, timeout=60):
         """-> the ranks' exit codes (-9: SIGKILL). Raises TimeoutError."""
