@@ -15,6 +15,7 @@ Every fault is one rank's (rank=0 if it is not said). Steps are counted from 1, 
     nan:step=N, inf:step=N                   the log-probs of the step's first micro-batch become NaN or infinite, and so the gradients
     nan_loss:step=N, inf_loss:step=N         the loss alone does: the gradients stay finite
     out_of_memory:step=N                     torch.OutOfMemoryError in the forward of the step's first micro-batch
+    error:step=N                             an exception there that nobody foresaw
     full_disk:step=N,bytes=B                 no file may grow beyond B bytes inside the save of step N ('finish': inside the last writing),
                                              by RLIMIT_FSIZE: a write then fails as on a full disk
     hold:step=N                              says "holding" and waits before the optimiser's step N, to be killed from outside
@@ -120,6 +121,13 @@ def out_of_memory(step):
     after_forward(step, fail)
 
 
+def error(step):
+    def fail(logps):
+        raise LookupError("a fault that a test asked for")
+
+    after_forward(step, fail)
+
+
 def around_save(step, prepare, restore=lambda: None):
     """prepare() and restore() before and after one save: of a step, or the last writing of all ('finish')."""
     name = "finish" if step == "finish" else "save_checkpoint"
@@ -202,7 +210,7 @@ def full_disk(step, bytes):
 
 FAULTS = {
     "none": lambda: None, "kill": kill, "kill_save": kill_save, "kill_batch": kill_batch, "hold": hold, "out_of_memory": out_of_memory,
-    "full_disk": full_disk,
+    "error": error, "full_disk": full_disk,
     "nan": lambda step: after_forward(step, lambda logps: logps * math.nan),
     "inf": lambda step: after_forward(step, lambda logps: logps * math.inf),
     "nan_loss": lambda step: after_forward(step, lambda logps: logps + math.nan),

@@ -173,7 +173,6 @@ def test_orphans_of_a_killed_torchrun_keep_the_folder_to_themselves(flags, tmp_p
         assert contents(tmp_path / "run") == before
     finally:
         end(running.pid, *ranks)
-    # the same command goes on from step-000003, as everywhere in this file
 
 
 # ------------------------------------------------------------------------------------------- SIGTERM, a second command
@@ -256,9 +255,11 @@ def test_a_disk_that_is_full_for_one_rank_loses_nothing(flags, whole, tmp_path):
     goes_on(flags, whole, tmp_path, ranks=2, more=more)
 
 
-def test_an_error_with_loader_workers_ends_the_run(flags, tmp_path):
-    with begin(flags, tmp_path, fault="nan:step=5", more=("--num_workers", "2")) as job:
+def test_an_error_that_nobody_foresaw_ends_the_run_with_loader_workers_too(flags, tmp_path):
+    """Python waits at its end for workers that it has sent SIGTERM: they must not ignore it."""
+    with begin(flags, tmp_path, fault="error:step=5", more=("--num_workers", "2")) as job:
         assert job.wait(30) == [1]
+    assert "LookupError" in job.text()
 
 
 # --------------------------------------------------------------------------------- the stages that sample and evaluate
