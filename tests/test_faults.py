@@ -111,6 +111,13 @@ def test_one_of_four_ranks_killed_inside_a_save_stops_the_others(flags, whole, t
     assert "run/step-000003" in goes_on(flags, whole, tmp_path, ranks=4)
 
 
+def test_a_killed_process_takes_its_loader_workers_along(flags, whole, tmp_path):
+    """They hold the folder's lock too: as long as one lives, the same command is refused."""
+    with begin(flags, tmp_path, fault="kill:step=5", more=("--num_workers", "2")) as job:
+        assert job.wait() == [-9]
+        goes_on(flags, whole, tmp_path)
+
+
 def torchrun(fault, stage, flags, output):
     """Two ranks under torchrun, as a group of their own. Their loader workers and they live in sessions of their own: see `children`."""
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", ROOT / "tests" / "faults.py", fault, stage]
@@ -133,7 +140,7 @@ def wait_for(condition, seconds):
 
 
 def test_torchrun_names_a_lost_rank_and_all_stop_within_a_minute(flags, whole, tmp_path):
-    running = torchrun("kill:rank=1,step=5", "apo.py", flags("apo.py", tmp_path / "run", "--num_workers", 1), tmp_path / "out")
+    running = torchrun("kill:rank=1,step=5", "apo.py", flags("apo.py", tmp_path / "run"), tmp_path / "out")
     ranks = []
     try:
         wait_for(lambda: logged(tmp_path) == 4, 90)
@@ -147,7 +154,7 @@ def test_torchrun_names_a_lost_rank_and_all_stop_within_a_minute(flags, whole, t
     cause = out[out.index("Root Cause"):]
     assert "rank      : 1" in cause and "SIGKILL" in cause
     assert "critique: rank 0 stops, since another rank was lost; the same command goes on" in out
-    goes_on(flags, whole, tmp_path, ranks=2)  # at once: no loader worker is left that holds the lock
+    goes_on(flags, whole, tmp_path, ranks=2)
 
 
 def alive(pid):
