@@ -291,7 +291,6 @@ class Plan:
                 batches.append([(epoch, index) for index in order[first:first + self.micro_batch]])
         return batches
 
-
     def longest(self, tokens):
         """This rank's micro-batch with the longest study, [(epoch, index)]. tokens: packed length of each study."""
         return max(self.micro_batches(), key=lambda batch: max(tokens[index] for _, index in batch))
@@ -314,8 +313,7 @@ def _in_worker(_):
 
 
 def loader(encode, batches, num_workers=0):
-    """Iterates over `batches`, each key passed to encode(*key). The loader has its own generator, since iter(DataLoader) would
-    otherwise draw from the global one."""
+    """Iterates over `batches`, each key passed to encode(*key), with a generator of its own: iter(DataLoader) draws from the global one."""
     return torch.utils.data.DataLoader(_Items(encode), batch_sampler=batches, collate_fn=list, num_workers=num_workers,
                                        worker_init_fn=_in_worker, generator=torch.Generator())
 
@@ -420,7 +418,7 @@ def make_optimizer(parameters, args, shard):
 
 
 def report_non_finite(loss, ids):
-    """Names the studies of a micro-batch whose loss is NaN or infinite; `update` then stops all ranks."""
+    """Names the studies of a micro-batch whose loss is NaN or infinite; all ranks then stop before the step, in Log.reduce or `update`."""
     if not torch.isfinite(loss):
         print(f"rank {rank()}: loss {loss.item()} on studies {', '.join(ids)}", file=sys.stderr, flush=True)
 

@@ -231,7 +231,7 @@ def run(fault, script, flags):
 # ------------------------------------------------------------------------------------------- ranks that can be killed
 
 class Job:
-    """A stage's ranks as processes, without torchrun: one gloo group, each rank a session of its own with its loader workers. They are
+    """A stage's ranks as processes, without torchrun: one gloo group, each rank a session of its own. They are
     forked from a server that has torch imported, so that a start takes a moment instead of seconds. Use as a context: on leaving it,
     whatever still lives is killed. output: a file that takes what all ranks print."""
 
@@ -263,12 +263,13 @@ class Job:
             process.join(10)
 
     def signal(self, number, ranks=None):
-        """Sends a signal to ranks (default: all) and their loader workers, as torchrun does."""
+        """Sends a signal to the process groups of ranks (default: all), as torchrun does."""
         for process in self.ranks if ranks is None else [self.ranks[rank] for rank in ranks]:
-            try:
-                os.killpg(process.pid, number)
-            except ProcessLookupError:
-                pass
+            if process.exitcode is None:
+                try:
+                    os.killpg(process.pid, number)
+                except ProcessLookupError:  # so young that it has no group yet, or gone this moment
+                    process.kill() if number == signal.SIGKILL else None
 
     def kill(self):
         self.signal(signal.SIGKILL)
