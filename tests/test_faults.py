@@ -4,6 +4,7 @@ A run of two or four ranks is one gloo group (faults.Job); where torchrun itself
 happened, the same command goes on, and the log and the student are the bytes of the run that nothing happened to.
 """
 
+import fcntl
 import json
 import os
 import random
@@ -112,9 +113,18 @@ def test_one_of_four_ranks_killed_inside_a_save_stops_the_others(flags, whole, t
 
 
 def test_a_killed_process_takes_its_loader_workers_along(flags, whole, tmp_path):
-    """They hold the folder's lock too: as long as one lives, the same command is refused."""
+    """They hold the folder's lock too: as long as one lives, the same command is refused. By themselves they would notice after 5 seconds."""
+    def is_free():
+        with open(tmp_path / "run" / ".lock") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                return False
+
     with begin(flags, tmp_path, fault="kill:step=5", more=("--num_workers", "2")) as job:
         assert job.wait() == [-9]
+        wait_for(is_free, 2)
         goes_on(flags, whole, tmp_path)
 
 
