@@ -78,6 +78,12 @@ def faults(record, task):
     return found
 
 
+def require_folder(path):
+    """Raises ValueError unless the folder that the file `path` will lie in is there: to be asked before long work, not after it."""
+    if not Path(path).resolve().parent.is_dir():
+        raise ValueError(f"{path}: expected a file in a folder that is there")
+
+
 @contextlib.contextmanager
 def writing(path):
     """A binary file that appears under its name once it is complete and on the disk; after an error nothing is left of it."""

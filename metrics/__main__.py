@@ -97,7 +97,7 @@ def main():
     try:
         values = score(args)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"metrics: {error}") from None
     if args.json:
         print(json.dumps(values))
 

@@ -112,7 +112,7 @@ def test_a_last_line_without_line_end_crlf_and_a_byte_order_mark(copied, tmp_pat
 def test_bad_input_is_named(copied, tmp_path, hypotheses, references, message):
     done = python(copied, "-m", "metrics", *write(tmp_path, hypotheses, references), "--json")
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == f"error: {tmp_path}/{message.format(f'{tmp_path}/')}\n"
+    assert done.stderr == f"metrics: {tmp_path}/{message.format(f'{tmp_path}/')}\n"
 
 
 @pytest.mark.parametrize("content, message", [
@@ -125,7 +125,7 @@ def test_bad_json_is_named(copied, tmp_path, content, message):
     (tmp_path / "hyp.json").write_bytes(content)
     (tmp_path / "ref.json").write_text('{"a": ["x"]}')
     done = python(copied, "-m", "metrics", tmp_path / "hyp.json", tmp_path / "ref.json")
-    assert done.returncode == 1 and done.stderr.startswith(f"error: {tmp_path}/hyp.json: ") and message in done.stderr
+    assert done.returncode == 1 and done.stderr.startswith(f"metrics: {tmp_path}/hyp.json: ") and message in done.stderr
     assert done.stderr.count("\n") == 1
 
 

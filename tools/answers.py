@@ -20,6 +20,7 @@ import data  # noqa: E402
 import evaluate  # noqa: E402
 import student  # noqa: E402
 import training  # noqa: E402
+from records import require_folder  # noqa: E402
 
 
 def parse(argv=None):
@@ -41,6 +42,7 @@ def parse(argv=None):
 
 def run(args):
     """Writes the file -> {id: text}."""
+    require_folder(args.output)
     task = data.load_task(args.task_file)
     studies = data.read_studies(args.studies, task, args.split)[:args.limit]
     encoder = data.Encoder(args.student, task, args.images, args.max_pixels)

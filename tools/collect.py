@@ -147,7 +147,7 @@ class Answers:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however the process ends
         except BlockingIOError:
-            raise SystemExit(f"{self.path}: another run writes it; wait for it or choose another --out") from None
+            raise ValueError(f"{self.path}: another run writes it; wait for it or choose another --out") from None
         content = self.path.read_bytes()
         if torn := content[content.rfind(b"\n") + 1:]:
             try:
@@ -426,10 +426,11 @@ def run(args):
 
 
 def main():
+    args = parse()
     try:
-        status = run(parse())
+        status = run(args)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"{error}") from None
+        raise SystemExit(f"collect: {error}") from None
     raise SystemExit(status)
 
 

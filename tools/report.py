@@ -409,10 +409,11 @@ def run(args):
 
 
 def main():
+    args = parse()
     try:
-        run(parse())
+        run(args)
     except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from None
+        raise SystemExit(f"report: {error}") from None
 
 
 if __name__ == "__main__":
