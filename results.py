@@ -14,6 +14,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import training
+from records import shown
 
 QUIET = ("json", "strict", "num_workers", "output")  # flags that change no figure
 
@@ -39,7 +40,7 @@ def end(args, results, known=False):
     training.say((f"{args.output} holds these results already\n" if known else "") + results["table"])
     if missing:
         more = f"\n  ... and {len(missing) - 20} more" + (f", all of them in {args.output}" if args.output else "") if len(missing) > 20 else ""
-        training.say(f"missing, left out: {len(missing)}\n  " + "\n  ".join(missing[:20]) + more)
+        training.say(f"missing, left out: {len(missing)}\n  " + "\n  ".join(map(shown, missing[:20])) + more)
     if args.output and not known:
         training.on_rank_zero(lambda: checkpoint.write_text(Path(args.output), json.dumps(results, indent=1) + "\n"))
         training.on_rank_zero(lambda: shutil.rmtree(f"{args.output}.parts", ignore_errors=True))

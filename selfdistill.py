@@ -42,6 +42,7 @@ import data
 import endpoint
 import student
 import training
+from records import shown
 
 QUOTES_A_READER = re.compile(r"\breaders\b|\breader #?\d|\b(?:the|one|each|another|first|second|third) reader\b"
                              r"|\b(?:report|description) #?\d\b(?!\s*[cm]m)", re.IGNORECASE)
@@ -99,7 +100,7 @@ def server_sampler(server, args, task):
     if not server.model:
         names = endpoint.models(server)
         if len(names) != 1:
-            raise ValueError(f"{args.server} serves {', '.join(names) or 'nothing'}: expected --server_model with the name of pi_st")
+            raise ValueError(f"{args.server} serves {shown(', '.join(names)) or 'nothing'}: expected --server_model with the name of pi_st")
         server = replace(server, model=names[0])
 
     def encode(study):
