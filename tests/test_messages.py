@@ -7,9 +7,9 @@ and asks of each that a case reached it, or that ELSEWHERE names the test that d
 import ast
 import contextlib
 import fcntl
+import functools
 import gc
 import gzip
-import functools
 import importlib
 import io
 import json
@@ -757,7 +757,7 @@ CHECKED = {f"image, {what}": Case(f"{CHECK} --images {'films' if 'films/x' in fi
                                   f"studies.jsonl:1: {kind if kind == 'field' else f'image {kind}'}: {says}", files)
            for what, (files, says, kind) in BAD_IMAGES.items()}
 CHECKED |= {what: Case(CHECK, f"studies.jsonl:2: json: {says}", studies(line)) for what, (line, says) in BAD_LINES.items()}
-CHECKED |= {what: Case(CHECK, f"studies.jsonl:2: {kind}: {says.removeprefix('\"id\": ') if kind == 'duplicate' else says}", studies(line))
+CHECKED |= {what: Case(CHECK, f"studies.jsonl:2: {kind}: " + says.removeprefix('"id": ' if kind == "duplicate" else ""), studies(line))
             for what, (kind, line, says) in BAD_RECORDS.items()}
 CHECKED |= {
     "two teachers with one text": Case(CHECK, "studies.jsonl:2: same text: 'u' and 'w' say the same, expected a text of each teacher's own",
