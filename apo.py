@@ -121,47 +121,46 @@ def run(args):
     training.require(args, student="stage 1 makes pi_st: spd.py --studies ... --output_dir runs/spd, in runs/spd/student",
                      positives="stage 2 makes them: selfdistill.py --studies ... --student runs/spd/student --output_dir runs/positives")
     device = training.init()
-    lock = checkpoint.open_run(args, {"studies": args.studies, "positives": args.positives, "task_file": args.task_file, "student": args.student})
-    if checkpoint.finished(args):
-        training.say(f"critique: {args.output_dir} is finished")
-        return
+    train = student.parse_train(args.train)
+    if args.reference == "online":
+        reference.require_online(train)
     task = data.load_task(args.task_file)
     studies = data.read_positives(args.positives, data.read_studies(args.studies, task, args.split))
     names = data.keep_teachers(studies, args.teachers)
+    weights = teacher_weights(args.teacher_weights, names)
     dropped = 0
     if args.refusals == "drop":
         studies, dropped = data.drop_refusals(studies, task)
     studies = [study for study in studies if study.trajectories]
+    lock = checkpoint.open_run(args, {"studies": args.studies, "positives": args.positives, "task_file": args.task_file, "student": args.student})
+    if checkpoint.finished(args):
+        training.say(f"critique: {args.output_dir} is finished")
+        return
     encoder = data.Encoder(args.student, task, args.images, args.max_pixels, args.max_tokens)
     studies, long, tokens = training.fit(encoder, studies, lambda s: data.student_prompt(s, task, args.prompt),
                                          lambda s: [s.t_plus, *s.trajectories.values()], args.max_tokens, args.truncate)
     checkpoint.report_long(args, long)
     plan = training.Plan(len(studies), args)
-    weights = teacher_weights(args.teacher_weights, names)
     training.say(f"critique: {plan}; t+ against {', '.join(names)}; {dropped} refusals dropped")
 
     model = student.load(args.student, torch.bfloat16 if args.bf16 else torch.float32, device)
     packed = student.PackedStudent(model)
 
-    def encode(epoch, index):
+    def encode(index):
         study = studies[index]
         return encoder(study, data.student_prompt(study, task, args.prompt), [study.t_plus, *map(study.trajectories.get, names)])
 
-    def load(batches):
-        """lists of study indices -> packed batches on the device, in their order"""
-        for examples in training.loader(encode, [[(0, index) for index in batch] for batch in batches], args.num_workers):
-            yield student.to(student.pack(examples, model), device)
+    def batch_of(examples):
+        return student.to(student.pack(examples, model), device)
 
-    train = args.train.split(",")
     parameters = student.set_trainable(model, train, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed)
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing(model)
     if args.dry_run:
         training.say(training.describe(plan, model, parameters, tokens, 12_132, "decoder" in train, args.bf16))
-        studies = [studies[index] for index in plan.order(0)[:args.global_batch]]
-        plan = training.Plan(len(studies), args)
+        studies, tokens, plan = training.longest_step(studies, tokens, args)
     if args.reference == "cached":  # before a checkpoint is loaded: the model is still pi_st
-        ref = reference.cached_logps(packed, load, plan, 1 + len(names), reference.key(args, task, studies, names), args)
+        ref = reference.cached_logps(packed, encode, batch_of, plan, reference.key(args, task, studies, names), args)
     else:
         merger = reference.frozen_merger(model, train)
     optimizer = training.make_optimizer(parameters, args, shard="decoder" in train)
@@ -169,25 +168,27 @@ def run(args):
     packed = training.wrap(packed, device)
 
     mine = [[index for _, index in batch] for batch in plan.micro_batches(start)]
-    stream = zip(mine, load(mine))
+    stream = zip(mine, training.loader(encode, [[(index,) for index in batch] for batch in mine], args.num_workers))
     columns = ["chosen", *names]
     log = checkpoint.Log(args.output_dir, ["loss", "rewards/margins", "rewards/accuracies", "rewards/rejected", "logps/chosen", "tokens",
                                          "tokens/chosen", *(f"rewards/{c}" for c in columns), *(f"log_ratio/{c}" for c in columns),
                                          *(f"accuracies/{name}" for name in names)], device, start, sums)
     stop = training.Stop()
     packed.train()
+    if start < plan.steps:
+        longest = [index for _, index in plan.longest(tokens)]
+        training.warm_up(packed, batch_of([encode(index) for index in longest]), [studies[index].id for index in longest])
     bar = tqdm(total=plan.steps, initial=start, desc="critique", disable=training.rank() > 0)
     for step in range(start, plan.steps):
         for micro in range(plan.accumulation):
-            indices, batch = next(stream)
-            if step == start and micro == 0:
-                training.warm_up(packed, batch)
+            indices, examples = next(stream)
+            batch, ids = batch_of(examples), [studies[index].id for index in indices]
             training.seed_step(args.seed, step, micro)
             mask = batch["tokens"][:, 1:] > 0                                                                     # (B, N)
             w = weights.to(device) if weights is not None else mask / mask.sum(1, keepdim=True)
             scale = 1 / batch["tokens"].clamp(min=1) if args.length_norm else 1
             last = micro == plan.accumulation - 1
-            with training.synced(packed, last):
+            with training.on_studies(ids, batch), training.synced(packed, last):
                 (logps,) = packed(batch)                                                                        # (B, 1+N)
                 if args.reference == "cached":
                     ref_logps = ref[indices].to(device)
@@ -202,7 +203,7 @@ def run(args):
             record(log, losses.detach(), rewards, (logps - ref_logps).detach(), logps.detach(), batch["tokens"], mask, names,
                    last and training.rank() == 0)
             log.add_flops(model, batch, train, args.gradient_checkpointing)
-            training.report_non_finite(loss, [studies[index].id for index in indices])
+            training.report_non_finite(loss, ids)
 
         _, stopping = log.reduce(stop.asked)
         learning_rate = training.schedule(step, plan.steps, args.learning_rate, args.min_learning_rate, args.warmup_steps)
@@ -214,11 +215,12 @@ def run(args):
             bar.set_postfix(loss=f"{line['loss']:.3f}", margin=f"{line['rewards/margins']:.2f}")
             for warning in warnings_of(line, names, done / plan.steps):
                 training.say(f"step {done}: warning: {warning}")
-        if (done % args.save_steps == 0 or stopping) and done < plan.steps:
+        if (done % args.save_steps == 0 or stopping or done == plan.steps) and not args.dry_run:
             checkpoint.save_checkpoint(args.output_dir, done, parameters, optimizer, {"log": log.sums}, args.save_total_limit)
-        if stopping:
+        if stopping and done < plan.steps:
             training.say(f"stopped after step {done}; the same command goes on")
             raise SystemExit(0)
+    stop.over()
     bar.close()
     if args.dry_run:
         training.say(f"one step ran; peak memory {training.peak_gib(device):.2f} GiB")
@@ -251,8 +253,7 @@ def record(log, losses, rewards, log_ratios, logps, tokens, mask, names, last):
 
 def main():
     args = parse()
-    training.init()
-    try:
+    with training.process_group("critique"):
         if args.studies is None:
             import demo  # the scale model makes what is missing; nothing else here knows of it
 
@@ -261,8 +262,6 @@ def main():
             demo.report(args)
         else:
             run(args)
-    finally:
-        training.close()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ function of its settings and its step (training.py); everything is safetensors o
 """
 
 import atexit
+import contextlib
 import fcntl
 import hashlib
 import json
@@ -54,17 +55,45 @@ def _fsync(path):
     os.close(handle)
 
 
+def _remove(path):
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def _temporary(path):
+    return path.with_name(f".tmp-{path.name}")
+
+
+@contextlib.contextmanager
+def whole(path):
+    """A temporary name for a file or folder, which becomes `path` when all of it is on disk. If that fails nothing is left behind."""
+    path = Path(path)
+    temporary = _temporary(path)
+    _remove(temporary)
+    try:
+        yield temporary
+        for file in [*temporary.rglob("*"), temporary]:
+            _fsync(file)
+        if path.is_dir():
+            _remove(path)
+        os.replace(temporary, path)
+        _fsync(path.parent)
+    except BaseException:
+        _remove(temporary)
+        raise
+
+
 def write_text(path, text):
     """Writes whole or not at all."""
-    temporary = Path(path).with_name(f".tmp-{Path(path).name}")
-    temporary.write_text(text, encoding="utf-8")
-    _fsync(temporary)
-    os.replace(temporary, path)
-    _fsync(Path(path).parent)
+    with whole(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
-NOT_SETTINGS = ("output_dir", "resume", "logging_steps", "save_steps", "save_total_limit", "num_workers", "dry_run", "server", "server_key_env",
-                "server_concurrency", "i_have_permission")  # a server may move; which model it serves is a setting
+NOT_SETTINGS = ("output_dir", "resume", "resume_anyway", "logging_steps", "save_steps", "save_total_limit", "num_workers", "dry_run", "server",
+                "server_key_env", "server_concurrency", "i_have_permission")  # a server may move; which model it serves is a setting
+
+SAME_STEPS = {"world_size", "micro_batch", "gradient_checkpointing"}  # the same studies in each step whatever these are
 
 
 def open_run(args, inputs):
@@ -78,7 +107,9 @@ def open_run(args, inputs):
     settings = {key: value for key, value in sorted(vars(args).items()) if key not in NOT_SETTINGS}
 
     def claim():
-        settings.update(world_size=training.world(), **{f"{name}_sha256": fingerprint(path) for name, path in inputs.items() if path})
+        if hasattr(args, "train"):  # dropout and rounding depend on it; what stage 2 samples does not
+            settings["world_size"] = training.world()
+        settings.update(**{f"{name}_sha256": fingerprint(path) for name, path in inputs.items() if path})
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")
         try:
@@ -86,17 +117,27 @@ def open_run(args, inputs):
         except BlockingIOError:
             raise SystemExit(f"{folder}: another run holds {folder / '.lock'}; wait for it or choose another --output_dir") from None
         if args.resume == "never":
-            for old in [*folder.glob("step-*"), *folder.glob("*.json*"), *folder.glob("*.safetensors"), folder / "student", folder / "adapter"]:
-                shutil.rmtree(old) if old.is_dir() else old.unlink(missing_ok=True)
+            for old in [*folder.glob("step-*"), *folder.glob("*.json*"), *folder.glob("*.safetensors"), *folder.glob("*.parts"),
+                        folder / "student", folder / "adapter"]:
+                _remove(old)
+        for old in folder.glob(".tmp-*"):  # what a kill left half-written
+            _remove(old)
         if (folder / "args.json").exists():
             before, now = json.loads((folder / "args.json").read_text()), json.loads(json.dumps(settings))
             if finished(args):
-                before["world_size"] = now["world_size"]  # it matters only while the run goes on
-            differ = [f"  {key}: {before.get(key)!r} there, {now.get(key)!r} here" for key in sorted({*before, *now})
-                      if before.get(key) != now.get(key)]
-            if differ:
-                raise SystemExit(f"{folder}: was begun with other settings, choose another --output_dir:\n" + "\n".join(differ))
-            return lock
+                before["world_size"] = now.get("world_size")  # it matters only while the run goes on
+            differ = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+            listed = "".join(f"\n  {key}: {before.get(key)!r} there, {now.get(key)!r} here" for key in differ)
+            sharded = training.world() > 1 and "decoder" in getattr(args, "train", "")  # a shard of the optimiser belongs to its rank
+            safe = SAME_STEPS - {"world_size"} if sharded else SAME_STEPS
+            if not differ:
+                return lock
+            begun = [*folder.glob("step-*"), *folder.glob("part-*"), *folder.glob("*.parts"), *folder.glob("reference*"), *folder.glob("finished*")]
+            if begun and not (getattr(args, "resume_anyway", False) and safe.issuperset(differ)):
+                raise SystemExit(f"{folder}: was begun with other settings, choose another --output_dir"
+                                 + (" or --resume_anyway" if safe.issuperset(differ) else "") + ":" + listed)
+            if begun:
+                training.say(f"{folder}: goes on with other settings:{listed}")
         write_text(folder / "args.json", json.dumps(settings, indent=2) + "\n")
         write_text(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
         return lock
@@ -121,33 +162,30 @@ def environment():
 
 
 def save_checkpoint(folder, step, parameters, optimizer, extra, keep):
-    """step-N/ with what trains (safetensors), each rank's optimiser shard, and a manifest written last; renamed into place whole."""
+    """step-N/ with what trains (safetensors), each rank's optimiser shard, and a manifest written last; renamed into place whole.
+    Keeps the newest `keep` of them. Where it fails (a full disk) its folder goes, the checkpoints before stay."""
     folder, final = Path(folder), Path(folder) / f"step-{step:06d}"
-    temporary = folder / f".tmp-{final.name}"
-
-    def weights():
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir()
-        save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, temporary / "trainable.safetensors")
-
-    def publish():
-        files = sorted(temporary.iterdir())
-        for file in files:
-            _fsync(file)
-        write_text(temporary / "manifest.json", json.dumps({"step": step, "sha256": {f.name: _sha256(f) for f in files}, **extra}) + "\n")
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        _fsync(folder)
-        for old in sorted(folder.glob("step-*"))[:-keep]:
+    first = training.rank() == 0
+    with whole(final) if first else contextlib.nullcontext(_temporary(final)) as temporary:
+        if first:
+            temporary.mkdir()
+        training.barrier()
+        local = getattr(optimizer, "optim", optimizer)
+        if first or local is not optimizer:
+            state = {f"{name}:{key}": value.cpu().contiguous() for name, p in parameters.items() for key, value in local.state.get(p, {}).items()}
+            save_file(state, temporary / f"optimizer-{training.rank()}.safetensors")
+        training.barrier()
+        if first:
+            save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, temporary / "trainable.safetensors")
+            digests = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
+            (temporary / "manifest.json").write_text(json.dumps({"step": step, "sha256": digests, **extra}) + "\n")
+            for log in folder.glob("*.jsonl"):  # its lines up to here are not written again
+                _fsync(log)
+    if first:
+        steps = sorted(folder.glob("step-*"))
+        at = steps.index(final) + 1
+        for old in [*steps[:max(0, at - keep)], *steps[at:]]:  # one that is ahead was found damaged when this run went back behind it
             shutil.rmtree(old)
-
-    training.on_rank_zero(weights)
-    local = getattr(optimizer, "optim", optimizer)
-    if local is not optimizer or training.rank() == 0:
-        state = {f"{name}:{key}": value.cpu().contiguous() for name, p in parameters.items() for key, value in local.state.get(p, {}).items()}
-        save_file(state, temporary / f"optimizer-{training.rank()}.safetensors")
-    training.barrier()
-    training.on_rank_zero(publish)
 
 
 def newest_checkpoint(folder):
@@ -259,21 +297,16 @@ def finish(args, model, encoder, parameters, stage):
     """Writes adapter/ (LoRA) and student/ (merged, as transformers loads it), each whole or not at all; student/ marks the end."""
     folder, lora = Path(args.output_dir), "lora" in args.train.split(",")
 
-    def publish(name, write):
-        temporary = folder / f".tmp-{name}"
-        shutil.rmtree(temporary, ignore_errors=True)
-        write(temporary)
-        shutil.rmtree(folder / name, ignore_errors=True)
-        os.replace(temporary, folder / name)
-
     def write():
         if lora:
-            publish("adapter", lambda path: students.save_adapter(model, path, args.student, args.lora_r, args.lora_alpha, args.lora_dropout))
+            with whole(folder / "adapter") as temporary:
+                students.save_adapter(model, temporary, args.student, args.lora_r, args.lora_alpha, args.lora_dropout)
         if args.merge or not lora:
             students.merge_lora(model)
             card = (f"---\nbase_model: {args.student}\nlibrary_name: transformers\npipeline_tag: image-text-to-text\nlicense: other\n---\n"
                     f"Student after {stage} (trained: {args.train}). For research; not a medical device.\n")
-            publish("student", lambda path: students.save(model, encoder, path, card))
+            with whole(folder / "student") as temporary:
+                students.save(model, encoder, temporary, card)
         write_text(folder / "finished.json", json.dumps({"stage": stage, "train": args.train}) + "\n")
 
     training.on_rank_zero(write)

@@ -438,11 +438,8 @@ def run(args):
 
 def main():
     args = parse()
-    training.init()
-    try:
+    with training.process_group("evaluate"):
         run(args)
-    finally:
-        training.close()
 
 
 if __name__ == "__main__":

@@ -10,23 +10,24 @@ import contextlib
 import copy
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
-from tqdm import tqdm
 
 import checkpoint
 import data
+import results
 import student
 import training
 
 
 @torch.no_grad()
-def cached_logps(packed, load, plan, columns, key, args):
-    """log pi_st of all responses, (n, 1+N) fp32 on CPU, in the micro-batches of the first epoch. load(lists of study indices) ->
-    packed batches. Made anew when `key` is not the file's."""
+def cached_logps(packed, encode, batch_of, plan, key, args):
+    """log pi_st of all responses, (n, 1+N) fp32 on CPU. encode(index) -> example, batch_of(examples) -> packed batch. The studies share
+    micro-batches as in the first epoch, so that the first rewards are exactly 0. Made anew when `key` is not the file's."""
     file = Path(args.output_dir) / "reference.safetensors"
     if file.exists():
         with safe_open(file, "pt") as cached:
@@ -34,16 +35,15 @@ def cached_logps(packed, load, plan, columns, key, args):
                 return cached.get_tensor("logps")
         training.say("critique: the cached reference belongs to other input, computing it again")
     packed.eval()
-    mine = plan.all_studies()
-    total = torch.zeros(plan.n, columns)
-    for indices, batch in tqdm(zip(mine, load(mine)), total=len(mine), desc="reference", disable=training.rank() > 0):
-        (logps,) = packed(batch)
-        total[indices] = logps.cpu()
-    total = training.all_reduce(total.to(next(packed.parameters()).device)).cpu()  # every study was one rank's, so the sum is exact
+    work = lambda indices, examples: packed(batch_of(examples))[0].tolist()
+    parts = file.with_name("reference.parts")
+    rows = results.spread(plan.order(0), encode, work, plan.micro_batch, parts / key[:16], args.num_workers, desc="reference")
+    total = torch.tensor([rows[index] for index in range(plan.n)])  # fp32 survives JSON: a float is printed with all its digits
 
     def write():
-        save_file({"logps": total}, file.with_name(".tmp-reference"), metadata={"key": key})
-        file.with_name(".tmp-reference").replace(file)
+        with checkpoint.whole(file) as temporary:
+            save_file({"logps": total}, temporary, metadata={"key": key})
+        shutil.rmtree(parts)
 
     training.on_rank_zero(write)
     return total
@@ -57,11 +57,14 @@ def key(args, task, studies, names):
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
 
 
-def frozen_merger(model, train):
-    """What `online` needs beside the model: a copy of the merger if that trains, else None.
-    Raises ValueError where pi_st cannot be kept inside pi_theta."""
+def require_online(train):
+    """Raises ValueError where pi_st cannot be kept inside pi_theta."""
     if {"decoder", "vision"} & set(train):
         raise ValueError(f"--reference online with --train {','.join(train)}: expected lora or merger only, the rest needs --reference cached")
+
+
+def frozen_merger(model, train):
+    """What `online` needs beside the model: a copy of the merger if that trains, else None."""
     return copy.deepcopy(model.model.visual.merger).requires_grad_(False) if "merger" in train else None
 
 

@@ -62,7 +62,7 @@ def parse(argv=None):
     g.add_argument("--max_new_tokens", type=int, default=1024, help="tokens (default: %(default)s)")
     g.add_argument("--batch_size", type=int, default=32, help="studies per forward (default: %(default)s)")
     g.add_argument("--attempts", type=int, default=4, help="samples until a study is dropped (default: %(default)s)")
-    g.add_argument("--resume", choices=("auto", "never"), default="auto", help="go on with what is written (default: %(default)s)")
+    g.add_argument("--resume", choices=("auto", "must", "never"), default="auto", help="go on with what is written (default: %(default)s)")
     g = parser.add_argument_group("a server that samples in the student's place")
     g.add_argument("--server", help="URL of an OpenAI-compatible server of pi_st, as http://localhost:8000 (default: --student, loaded here)")
     g.add_argument("--server_model", help="the name that it serves pi_st by (default: its only model)")
@@ -187,10 +187,6 @@ def run(args):
         server = endpoint.Endpoint(args.server, args.server_model or "", key, timeout=600, only_loopback=not args.i_have_permission)
     folder = Path(args.output_dir)
     device = training.init()
-    lock = checkpoint.open_run(args, {"studies": args.studies, "task_file": args.task_file, "student": args.student})
-    if checkpoint.finished(args):
-        training.say(f"compare: {folder} is finished")
-        return
     task = data.load_task(args.task_file)
     studies = data.read_studies(args.studies, task, args.split)
     data.keep_teachers(studies, args.teachers)
@@ -198,6 +194,10 @@ def run(args):
     if args.refusals == "drop":
         studies, dropped = data.drop_refusals(studies, task)
     studies = [study for study in studies if study.trajectories]
+    lock = checkpoint.open_run(args, {"studies": args.studies, "task_file": args.task_file, "student": args.student})
+    if checkpoint.finished(args):
+        training.say(f"compare: {folder} is finished")
+        return
     training.say(f"compare: {len(studies)} studies, {dropped} refusals left out")
     encode, sample = server_sampler(server, args, task) if server else student_sampler(args, task, device)
 
@@ -205,6 +205,9 @@ def run(args):
     by_length = sorted(range(len(studies)), key=lambda i: sum(map(len, studies[i].trajectories.values())))
     batches = [by_length[i:i + args.batch_size] for i in range(0, len(by_length), args.batch_size)]
     done = read_parts(folder)
+    if args.resume == "must" and not done:
+        training.say(f"{folder}: --resume must, but nothing is written there")
+        raise SystemExit(2)
     batches = [batch for batch in batches if not all(studies[i].id in done for i in batch)]
     training.barrier()
     mine = batches[training.rank()::training.world()]
@@ -244,17 +247,15 @@ def run(args):
 
 def main():
     args = parse()
-    training.init()
-    try:
+    with training.process_group("compare"):
         if args.studies is None:
             import demo  # the scale model makes what is missing; nothing else here knows of it
 
             demo.prepare(args, "selfdistill")
-        run(args)
-    except endpoint.Failure as failure:
-        raise SystemExit(f"compare: {failure}; what is written stays, the same command goes on") from None
-    finally:
-        training.close()
+        try:
+            run(args)
+        except endpoint.Failure as failure:
+            raise SystemExit(f"compare: {failure}; what is written stays, the same command goes on") from None
 
 
 if __name__ == "__main__":

@@ -63,10 +63,7 @@ def choose_teachers(study, names, count, seed, epoch):
 def run(args):
     training.require(args, student="name a Qwen2.5-VL folder or hub id, such as Qwen/Qwen2.5-VL-7B-Instruct")
     device = training.init()
-    lock = checkpoint.open_run(args, {"studies": args.studies, "task_file": args.task_file, "student": args.student, "replay": args.replay})
-    if checkpoint.finished(args):
-        training.say(f"learn: {args.output_dir} is finished")
-        return
+    train = student.parse_train(args.train)
     task = data.load_task(args.task_file)
     studies = data.read_studies(args.studies, task, args.split)
     names = data.keep_teachers(studies, args.teachers)
@@ -75,6 +72,10 @@ def run(args):
         studies, dropped = data.drop_refusals(studies, task)
     studies = [study for study in studies if study.trajectories]
     replay = data.read_studies(args.replay, task) if args.replay else []
+    lock = checkpoint.open_run(args, {"studies": args.studies, "task_file": args.task_file, "student": args.student, "replay": args.replay})
+    if checkpoint.finished(args):
+        training.say(f"learn: {args.output_dir} is finished")
+        return
     encoder = data.Encoder(args.student, task, args.images, args.max_pixels, args.max_tokens)
     studies, long, tokens = training.fit(encoder, studies, lambda s: data.student_prompt(s, task, args.prompt),
                                          lambda s: s.trajectories.values(), args.max_tokens, args.truncate)
@@ -83,15 +84,13 @@ def run(args):
     training.say(f"learn: {plan}; teachers {', '.join(names)}; {dropped} refusals dropped")
 
     model = student.load(args.student, torch.bfloat16 if args.bf16 else torch.float32, device)
-    train = args.train.split(",")
     parameters = student.set_trainable(model, train, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed)
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing(model)
     optimizer = training.make_optimizer(parameters, args, shard="decoder" in train)
     if args.dry_run:
         training.say(training.describe(plan, model, parameters, tokens, 10_686, "decoder" in train, args.bf16))
-        studies = [studies[index] for index in plan.order(0)[:args.global_batch]]
-        plan = training.Plan(len(studies), args)
+        studies, tokens, plan = training.longest_step(studies, tokens, args)
     start, sums = checkpoint.resume(args, parameters, optimizer)
     packed = training.wrap(student.PackedStudent(model), device)
 
@@ -111,22 +110,24 @@ def run(args):
     log = checkpoint.Log(args.output_dir, ("loss", "replay_loss", "tokens", *(f"loss/{name}" for name in names)), device, start, sums)
     stop = training.Stop()
     packed.train()
+    if start < plan.steps:
+        longest = plan.longest(tokens)
+        training.warm_up(packed, batch_of([encode(*key) for key in longest]), [studies[index].id for _, index in longest])
     bar = tqdm(total=plan.steps, initial=start, desc="learn", disable=training.rank() > 0)
     for step in range(start, plan.steps):
         micro_batches = [next(stream) for _ in range(plan.accumulation)]
         extra = replay_examples(step)
         count = lambda examples: sum(len(r) for e in examples for r in e["responses"] if r is not None)
-        tokens, replay_tokens = training.all_reduce(torch.tensor([sum(map(count, micro_batches)), count(extra)], device=device)).tolist()
-        if step == start:
-            training.warm_up(packed, batch_of(micro_batches[0]))
+        in_all, replay_tokens = training.all_reduce(torch.tensor([sum(map(count, micro_batches)), count(extra)], device=device)).tolist()
 
         for micro, examples in enumerate(micro_batches):
             last = micro == len(micro_batches) - 1
             batches = [batch_of(examples)] + ([batch_of(extra)] if extra and last else [])
             training.seed_step(args.seed, step, micro)
-            with training.synced(packed, last):
+            ids = [example["id"] for example in examples]
+            with training.on_studies(ids, batches[0]), training.synced(packed, last):
                 logps, *of_replay = packed(*batches)                                     # (B, N), and (replay rows, 1)
-                loss = -logps.sum() / tokens                                                               # Eq. 6
+                loss = -logps.sum() / in_all                                                               # Eq. 6
                 if of_replay:
                     replay_loss = -of_replay[0].sum()
                     loss = loss + args.replay_weight * replay_loss / replay_tokens
@@ -138,7 +139,7 @@ def run(args):
             for batch in batches:
                 log.add_flops(model, batch, train, args.gradient_checkpointing)
             log.add("tokens", count(examples), last and training.rank() == 0)
-            training.report_non_finite(loss, [example["id"] for example in examples])
+            training.report_non_finite(loss, ids)
 
         _, stopping = log.reduce(stop.asked)
         learning_rate = training.schedule(step, plan.steps, args.learning_rate, args.min_learning_rate, args.warmup_steps)
@@ -148,11 +149,12 @@ def run(args):
         if done % args.logging_steps == 0 or done == plan.steps:
             line = log.write(done, learning_rate=learning_rate, grad_norm=norm)
             bar.set_postfix(loss=f"{line['loss']:.3f}")
-        if (done % args.save_steps == 0 or stopping) and done < plan.steps:
+        if (done % args.save_steps == 0 or stopping or done == plan.steps) and not args.dry_run:
             checkpoint.save_checkpoint(args.output_dir, done, parameters, optimizer, {"log": log.sums}, args.save_total_limit)
-        if stopping:
+        if stopping and done < plan.steps:
             training.say(f"stopped after step {done}; the same command goes on")
             raise SystemExit(0)
+    stop.over()
     bar.close()
     if args.dry_run:
         training.say(f"one step ran; peak memory {training.peak_gib(device):.2f} GiB")
@@ -165,15 +167,12 @@ def run(args):
 
 def main():
     args = parse()
-    training.init()
-    try:
+    with training.process_group("learn"):
         if args.studies is None:
             import demo  # the scale model makes what is missing; nothing else here knows of it
 
             demo.prepare(args, "spd")
         run(args)
-    finally:
-        training.close()
 
 
 if __name__ == "__main__":

@@ -88,11 +88,17 @@ def _replace(model, name, module):
     setattr(model.get_submodule(parent), child, module)
 
 
+def parse_train(flag):
+    """--train as a list of parts. Raises ValueError for an unknown part and for lora beside decoder."""
+    train = flag.split(",")
+    if set(train) - set(TRAINABLE) or {"lora", "decoder"} <= set(train):
+        raise ValueError(f"--train {flag}: expected some of {', '.join(TRAINABLE)}, and not both lora and decoder")
+    return train
+
+
 def set_trainable(model, train, r=8, alpha=32, dropout=0.0, seed=0):
-    """Freezes everything but `train`, a collection of lora | merger | decoder | vision. LoRA goes on every linear layer of the
-    decoder; 'vision' is the tower without its merger. Returns {name: parameter}. Raises ValueError for an unknown part."""
-    if not train or set(train) - set(TRAINABLE) or {"lora", "decoder"} <= set(train):
-        raise ValueError(f"--train {','.join(train)}: expected some of {', '.join(TRAINABLE)}, and not both lora and decoder")
+    """Freezes everything but `train`, a list of lora | merger | decoder | vision. LoRA goes on every linear layer of the decoder;
+    'vision' is the tower without its merger. Returns {name: parameter}."""
     model.requires_grad_(False)
     parts = {"merger": [model.model.visual.merger], "decoder": [model.model.language_model, model.lm_head],
              "vision": [model.model.visual.patch_embed, model.model.visual.blocks], "lora": []}

@@ -14,10 +14,13 @@ import random
 import resource
 import signal
 import sys
+import time
+import traceback
 
 import torch
 import torch.distributed as dist
 import transformers
+from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adamw import adamw
 
@@ -40,14 +43,41 @@ def init():
 
 
 def close():
-    """Leaves the process group. The cycles of DDP and the sharding optimiser go first: what they still hold of the group when the
-    interpreter ends makes a finished gloo run abort now and then."""
+    """Leaves the process group when all ranks are there. The cycles of DDP and the sharding optimiser go first: what they still hold of
+    the group when the interpreter ends makes a finished gloo run abort now and then."""
     gc.collect()
     if dist.is_initialized():
-        if sys.exc_info()[0] is None:
-            dist.barrier()
+        dist.barrier()
         dist.destroy_process_group()
     gc.collect()
+
+
+@contextlib.contextmanager
+def process_group(name):
+    """Around a command's main(): joins the process group, leaves it at the end.
+
+    Bad input, a full disk or a gradient that is not finite ends with one line that begins with `name` and with status 1; any other
+    exception keeps its traceback. A rank that fails leaves at once: in good order it would wait for the others, who wait for it."""
+    init()
+    try:
+        yield
+    except BaseException as error:
+        if isinstance(error, (ValueError, OSError, FloatingPointError, SafetensorError)):
+            error = SystemExit(f"{name}: {f'rank {rank()}: ' if world() > 1 else ''}{error}")
+        elif isinstance(error, RuntimeError) and (isinstance(error, dist.DistBackendError) or "gloo" in str(error)):
+            time.sleep(2)  # torchrun names the rank that it sees end first, and this is not the one
+            error = SystemExit(f"{name}: rank {rank()} stops, since another rank was lost; the same command goes on")
+        if world() > 1 and not (isinstance(error, SystemExit) and not error.code):
+            if not isinstance(error, SystemExit):
+                traceback.print_exc()
+            elif isinstance(error.code, str):
+                print(error.code, file=sys.stderr)
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(error.code if isinstance(getattr(error, "code", None), int) else 1)
+        close()
+        raise error from None
+    close()
 
 
 def rank():
@@ -108,6 +138,13 @@ def on_rank_zero(work):
 
 # --------------------------------------------------------------------------------------------------------- the flags
 
+def at_least_one(text):
+    """argparse's type of a count."""
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least 1")
+    return int(text)
+
+
 def add_data_arguments(parser):
     """The flags that all three stages have; names are TRL's and Trainer's where the meaning is the same."""
     g = parser.add_argument_group("data and student")
@@ -119,7 +156,7 @@ def add_data_arguments(parser):
     g.add_argument("--output_dir", help="run folder; the same command continues in it")
     g.add_argument("--teachers", help="NAME,...: only these teachers (default: all)")
     g.add_argument("--refusals", choices=("keep", "drop"), default="drop", help="trajectories that decline to answer (default: %(default)s)")
-    g.add_argument("--max_pixels", type=int, default=1024 * 28 * 28, help="pixels per image, 784 make a token (default: %(default)s)")
+    g.add_argument("--max_pixels", type=at_least_one, default=1024 * 28 * 28, help="pixels per image, 784 make a token (default: %(default)s)")
     g.add_argument("--num_workers", type=int, default=0, help="processes per rank that load images (default: %(default)s)")
     g.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="weights in bf16, updates in fp32")
     g.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
@@ -131,12 +168,12 @@ def add_training_arguments(parser):
     add_data_arguments(parser)
     g = parser.add_argument_group("optimisation")
     g.add_argument("--train", default="lora", help="what trains: lora,merger,decoder,vision (default: %(default)s)")
-    g.add_argument("--lora_r", type=int, default=8, help="rank (default: %(default)s)")
+    g.add_argument("--lora_r", type=at_least_one, default=8, help="rank (default: %(default)s)")
     g.add_argument("--lora_alpha", type=int, default=32, help="scale is alpha / r (default: %(default)s)")
     g.add_argument("--lora_dropout", type=float, default=0.0, help="on the adapters' input (default: %(default)s)")
-    g.add_argument("--num_epochs", type=int, default=1, help="passes over the studies (default: %(default)s)")
-    g.add_argument("--max_steps", type=int, help="optimiser steps at most (default: all)")
-    g.add_argument("--global_batch", type=int, default=4, help="studies per optimiser step over all ranks (default: %(default)s)")
+    g.add_argument("--num_epochs", type=at_least_one, default=1, help="passes over the studies (default: %(default)s)")
+    g.add_argument("--max_steps", type=at_least_one, help="optimiser steps at most (default: all)")
+    g.add_argument("--global_batch", type=at_least_one, default=4, help="studies per optimiser step over all ranks (default: %(default)s)")
     g.add_argument("--micro_batch", type=int, default=1, help="studies per forward on a rank; 0: the rank's whole share (default: %(default)s)")
     g.add_argument("--learning_rate", type=float, default=1e-4, help="peak (default: %(default)s)")
     g.add_argument("--min_learning_rate", type=float, default=1e-7, help="at the end of the cosine (default: %(default)s)")
@@ -147,14 +184,16 @@ def add_training_arguments(parser):
     g.add_argument("--max_grad_norm", type=float, default=1.0, help="clip to this global norm (default: %(default)s)")
     g.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute layers in the backward pass")
     g.add_argument("--prompt", choices=("student", "teacher"), default="student", help="teacher: Appendix B's, which names the diagnosis")
-    g.add_argument("--max_tokens", type=int, default=8192, help="tokens of a study: image, prompt and responses (default: %(default)s)")
+    g.add_argument("--max_tokens", type=at_least_one, default=8192, help="tokens of a study: image, prompt and responses (default: %(default)s)")
     g.add_argument("--truncate", action="store_true", help="cut the longest responses of a study beyond --max_tokens; else it is left out")
     g = parser.add_argument_group("run")
     g.add_argument("--dry_run", action="store_true", help="print the plan and the memory budget, run one step, write nothing")
-    g.add_argument("--logging_steps", type=int, default=10, help="steps per line of log.jsonl (default: %(default)s)")
-    g.add_argument("--save_steps", type=int, default=500, help="steps per checkpoint (default: %(default)s)")
-    g.add_argument("--save_total_limit", type=int, default=2, help="checkpoints kept (default: %(default)s)")
+    g.add_argument("--logging_steps", type=at_least_one, default=10, help="steps per line of log.jsonl (default: %(default)s)")
+    g.add_argument("--save_steps", type=at_least_one, default=500, help="steps per checkpoint (default: %(default)s)")
+    g.add_argument("--save_total_limit", type=at_least_one, default=2, help="checkpoints kept (default: %(default)s)")
     g.add_argument("--resume", choices=("auto", "must", "never"), default="auto", help="go on from the newest checkpoint (default: %(default)s)")
+    g.add_argument("--resume_anyway", action="store_true", help="go on with another number of ranks, --micro_batch or "
+                   "--gradient_checkpointing: the same studies in each step, other rounding and dropout")
     g.add_argument("--merge", action=argparse.BooleanOptionalAction, default=True, help="write student/ with LoRA merged, beside adapter/")
 
 
@@ -249,13 +288,10 @@ class Plan:
                 batches.append([(epoch, index) for index in order[first:first + self.micro_batch]])
         return batches
 
-    def all_studies(self):
-        """This rank's share of all studies, once, in the micro-batches of epoch 0; the tail that the epoch drops comes last."""
-        order, share = self.order(0), self.global_batch // world()
-        full = self.steps_per_epoch * self.global_batch
-        starts = [step + rank() * share + at for step in range(0, full, self.global_batch) for at in range(0, share, self.micro_batch)]
-        tail = range(full, self.n, self.micro_batch)[rank()::world()]
-        return [order[at:at + self.micro_batch] for at in (*starts, *tail)]
+
+    def longest(self, tokens):
+        """This rank's micro-batch with the longest study, [(epoch, index)]. tokens: packed length of each study."""
+        return max(self.micro_batches(), key=lambda batch: max(tokens[index] for _, index in batch))
 
 
 class _Items:
@@ -275,6 +311,13 @@ def loader(encode, batches, num_workers=0):
 
 def seed_step(seed, step, micro):
     torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {step} {micro} {rank()}".encode()).digest()[:8], "little") >> 1)
+
+
+def longest_step(studies, tokens, args):
+    """What --dry_run trains on: one step of the longest studies. -> (studies, tokens, plan)"""
+    longest = sorted(range(len(studies)), key=lambda index: tokens[index])[-args.global_batch:]
+    studies, tokens = [studies[index] for index in longest], [tokens[index] for index in longest]
+    return studies, tokens, Plan(len(studies), args)
 
 
 def describe(plan, model, parameters, tokens, paper_steps, sharded, bf16):
@@ -306,13 +349,27 @@ def synced(module, last):
     return contextlib.nullcontext() if last or world() == 1 else module.no_sync()
 
 
-def warm_up(module, batch):
-    """Two passes that count for nothing: DDP lays its buckets anew after the first one, which changes the order of sums, so that a
-    resumed run would differ in the last bit from one that was never stopped."""
-    if world() > 1:
-        for _ in range(2):
+def warm_up(module, batch, ids):
+    """Two passes that count for nothing, on the longest micro-batch: if memory is not enough, that shows now and not after hours. And
+    DDP lays its buckets anew after the first pass, which changes the order of sums, so that without them a resumed run would differ in
+    the last bit from one that was never stopped."""
+    for _ in range(2):
+        with on_studies(ids, batch):
             (module(batch)[0].sum() * 0).backward()
-        module.zero_grad(set_to_none=False)
+    module.zero_grad(set_to_none=False)
+
+
+@contextlib.contextmanager
+def on_studies(ids, batch):
+    """Around the passes of a micro-batch: where memory is not enough, says on which studies and on what shapes, and this rank ends."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, a CPU's allocator raises a plain one
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items() if isinstance(value, torch.Tensor))
+        raise SystemExit(f"rank {rank()}: out of memory on studies {', '.join(ids)}; {shapes}; a smaller --micro_batch, --max_tokens or "
+                         "--max_pixels, or --gradient_checkpointing, takes less") from None
 
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16 of the SXM modules, per second
@@ -371,11 +428,14 @@ def update(parameters, optimizer, learning_rate, max_grad_norm):
 
 
 class Stop:
-    """Set by SIGTERM: the loop finishes its step, saves and ends. A second SIGTERM kills."""
+    """Set by SIGTERM: the loop finishes its step, saves and ends. A second SIGTERM kills, as does the first one after over()."""
 
     def __init__(self):
         self.asked = False
         signal.signal(signal.SIGTERM, self._ask)
+
+    def over(self):
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _ask(self, *_):
         self.asked = True

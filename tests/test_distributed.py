@@ -1,6 +1,7 @@
 """The same run on one process and on several, the same command twice, and a run that goes on where it was stopped."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -93,6 +94,8 @@ def test_a_checkpoint_continues_with_masters_and_moments(stage, tmp_path):
     flags = ["--train", "decoder", "--max_steps", 4, "--save_steps", 2, "--bf16"]
     stage("apo.py", tmp_path / "whole", *flags, ranks=2)
     stage("apo.py", tmp_path / "cut", *flags, ranks=2)
+    assert sorted(path.name for path in (tmp_path / "cut").glob("step-*")) == ["step-000002", "step-000004"]
+    shutil.rmtree(tmp_path / "cut" / "step-000004")
     (tmp_path / "cut" / "finished.json").unlink()
     log = (tmp_path / "cut" / "log.jsonl").read_text()
     (tmp_path / "cut" / "log.jsonl").write_text(log + '{"step": 4, "lo')  # a torn line

@@ -37,27 +37,48 @@ def test_the_online_reference_is_the_untrained_student(model, batch, train):
 
 
 @pytest.mark.parametrize("train", [["decoder"], ["vision"], ["merger", "vision"]])
-def test_online_is_refused_where_the_reference_would_move(model, train):
+def test_online_is_refused_where_the_reference_would_move(train):
     with pytest.raises(ValueError, match="--reference cached"):
-        reference.frozen_merger(model, train)
+        reference.require_online(train)
 
 
 def test_the_cache_is_used_for_the_same_key_and_made_anew_for_another(model, batch, tmp_path, capsys):
-    args = argparse.Namespace(output_dir=tmp_path, seed=0, global_batch=2, micro_batch=2, num_epochs=1, max_steps=None)
+    args = argparse.Namespace(output_dir=tmp_path, seed=0, global_batch=2, micro_batch=2, num_epochs=1, max_steps=None, num_workers=0)
     plan, calls = training.Plan(2, args), []
 
-    def load(batches):
-        calls.append(batches)
-        yield from [batch] * len(batches)
+    def batch_of(examples):
+        calls.append(examples)
+        return batch
 
     packed = student.PackedStudent(model)
     (want,) = packed(batch)
-    first = reference.cached_logps(packed, load, plan, 8, "a", args)
-    assert torch.equal(first[plan.all_studies()[0]], want.detach())
-    assert torch.equal(reference.cached_logps(packed, load, plan, 8, "a", args), first) and len(calls) == 1
-    reference.cached_logps(packed, load, plan, 8, "b", args)
+    first = reference.cached_logps(packed, int, batch_of, plan, "a", args)
+    assert torch.equal(first[plan.order(0)], want.detach())
+    assert torch.equal(reference.cached_logps(packed, int, batch_of, plan, "a", args), first) and len(calls) == 1
+    reference.cached_logps(packed, int, batch_of, plan, "b", args)
     assert len(calls) == 2 and "belongs to other input" in capsys.readouterr().out
     assert [p.name for p in tmp_path.iterdir()] == ["reference.safetensors"]
+
+
+def test_a_reference_pass_goes_on_where_it_was_stopped(model, batch, tmp_path):
+    args = argparse.Namespace(output_dir=tmp_path, seed=0, global_batch=2, micro_batch=2, num_epochs=1, max_steps=None, num_workers=0)
+    plan, calls = training.Plan(6, args), []
+
+    def batch_of(examples, stop_at=None):
+        if len(calls) == stop_at:
+            raise KeyboardInterrupt
+        calls.append(examples)
+        return batch
+
+    packed = student.PackedStudent(model)
+    with pytest.raises(KeyboardInterrupt):
+        reference.cached_logps(packed, int, lambda examples: batch_of(examples, 2), plan, "a", args)
+    assert len(calls) == 2 and not (tmp_path / "reference.safetensors").exists()
+    (part,) = tmp_path.glob("reference.parts/*/part-0.jsonl")
+    part.write_bytes(part.read_bytes()[:-5])  # the kill came in the middle of a line
+    logps = reference.cached_logps(packed, int, batch_of, plan, "a", args)
+    assert calls[2:] == [[*plan.order(0)[2:4]], [*plan.order(0)[4:]]]  # the torn micro-batch and the one never begun
+    assert torch.equal(logps[plan.order(0)], packed(batch)[0].detach().repeat(3, 1))
 
 
 def test_the_key_changes_with_everything_the_reference_depends_on(base, world, task, studies, tmp_path):

@@ -40,17 +40,26 @@ def test_each_step_takes_the_same_studies_however_they_are_shared(monkeypatch, r
 
 
 @pytest.mark.parametrize("ranks, micro", [(1, 1), (2, 2), (4, 1)])
-def test_the_reference_pass_covers_every_study_once(monkeypatch, ranks, micro):
-    seen = []
+def test_the_micro_batches_of_all_ranks_are_the_order_of_the_epoch_cut_in_pieces(monkeypatch, ranks, micro):
+    """The reference pass cuts the order like this, so that its rows are those of the first epoch and the first rewards exactly 0."""
+    batches = []
     for rank in range(ranks):
         monkeypatch.setattr(training, "world", lambda: ranks)
         monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
         plan = training.Plan(11, settings(micro_batch=micro))
-        first_epoch = [[index for _, index in batch] for batch in plan.micro_batches()][:plan.steps_per_epoch * plan.accumulation]
-        mine = plan.all_studies()
-        assert mine[:len(first_epoch)] == first_epoch  # the same micro-batches, so the first rewards are exactly 0
-        seen += sum(mine, [])
-    assert sorted(seen) == list(range(11))
+        batches += plan.micro_batches()[:plan.steps_per_epoch * plan.accumulation]
+    order = plan.order(0)
+    pieces = [[(0, index) for index in order[at:at + micro]] for at in range(0, plan.steps_per_epoch * 4, micro)]
+    assert sorted(batches) == sorted(pieces)
+
+
+def test_the_longest_micro_batch_is_the_one_with_the_longest_study():
+    plan = training.Plan(11, settings(micro_batch=2))
+    tokens = [100 - index for index in range(11)]
+    longest = min(index for batch in plan.micro_batches() for _, index in batch)
+    assert longest in [index for _, index in plan.longest(tokens)]
+    studies, tokens, step = training.longest_step(list("abcdefghijk"), tokens, settings())
+    assert set(studies) == set("abcd") and sorted(tokens) == [97, 98, 99, 100] and step.n == 4
 
 
 def test_a_resumed_plan_is_the_tail_of_the_whole_plan():

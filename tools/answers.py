@@ -57,11 +57,8 @@ def run(args):
 
 def main():
     args = parse()
-    training.init()
-    try:
+    with training.process_group("answers"):
         run(args)
-    finally:
-        training.close()
 
 
 if __name__ == "__main__":
