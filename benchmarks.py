@@ -75,7 +75,8 @@ def table(path):
                 if row:
                     yield reader.line_num, row
         except (csv.Error, ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise ValueError(f"{path}:{reader.line_num + 1}: no line of a CSV file in UTF-8: {error}") from None
+            line = reader.line_num + (not isinstance(error, csv.Error))  # the reader counts a line when it has it
+            raise ValueError(f"{path}:{line}: no line of a CSV file in UTF-8: {error}") from None
 
 
 def rows(path, *columns):

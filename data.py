@@ -296,6 +296,14 @@ def open_image(path, root):
         raise ValueError(f"{file}: not a readable image: {error}") from None
 
 
+def require_images(studies, root):
+    """Raises ValueError for the first image of the studies that is not there or no image, as far as its header tells."""
+    for study in studies:
+        for path in study.images:
+            with open_image(path, root):
+                pass
+
+
 def load_image(path, root):
     """An RGB PIL image. 16-bit films are rescaled, EXIF rotation is applied. Raises ValueError naming the file if it lies
     outside `root`, cannot be read, is larger than MAX_IMAGE_PIXELS or longer than 200 times its width."""
@@ -324,8 +332,11 @@ class Encoder:  # torch and transformers are imported in here: the rest of this 
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         self.task, self.images, self.max_tokens = task, images, max_tokens
-        self.tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=False)
-        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(student)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=False)
+            self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(student)
+        except Exception as error:  # of a broken file they raise nearly anything
+            raise ValueError(f"--student {student}: expected the tokenizer and image processor of a Qwen2.5-VL: {error}") from None
         size = self.image_processor.size
         self.image_processor.size = {"shortest_edge": size["shortest_edge"], "longest_edge": min(size["longest_edge"], max_pixels)}
         special = self.tokenizer.convert_tokens_to_ids

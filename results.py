@@ -29,9 +29,16 @@ def begin(args, inputs, benches):
     if not args.output:
         return None, settings, None
     settings = json.loads(json.dumps(settings))
-    before = json.loads(Path(args.output).read_text(encoding="utf-8")) if Path(args.output).exists() else {}
+    before = {"settings": None}
+    if Path(args.output).exists():
+        try:
+            before = json.loads(Path(args.output).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            before = None
+        if not isinstance(before, dict) or "settings" not in before:
+            raise ValueError(f"{args.output}: exists and was not written by evaluate.py, expected another --output")
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    return before if before.get("settings") == settings else None, settings, Path(f"{args.output}.parts") / key
+    return before if before["settings"] == settings else None, settings, Path(f"{args.output}.parts") / key
 
 
 def end(args, results, known=False):

@@ -72,6 +72,8 @@ def run(args):
         studies, dropped = data.drop_refusals(studies, task)
     studies = [study for study in studies if study.trajectories]
     replay = data.read_studies(args.replay, task) if args.replay else []
+    if replay and (sum(study.t_plus is not None for study in replay) < len(replay) or len(replay) < args.replay_rows):
+        raise ValueError(f'{args.replay}: expected "t_plus" in each record, and at least --replay_rows {args.replay_rows} records')
     lock = checkpoint.open_run(args, {"studies": args.studies, "task_file": args.task_file, "student": args.student, "replay": args.replay})
     if checkpoint.finished(args):
         training.say(f"learn: {args.output_dir} is finished")
@@ -106,7 +108,7 @@ def run(args):
     def batch_of(examples):
         return student.to(student.pack(examples, model), device)
 
-    stream = iter(training.loader(encode, plan.micro_batches(start), args.num_workers))
+    stream = training.loader(encode, plan.micro_batches(start), args.num_workers)
     log = checkpoint.Log(args.output_dir, ("loss", "replay_loss", "tokens", *(f"loss/{name}" for name in names)), device, start, sums)
     stop = training.Stop()
     packed.train()

@@ -64,6 +64,8 @@ def process_group(name):
     except BaseException as error:
         if isinstance(error, (ValueError, OSError, FloatingPointError, SafetensorError)):
             error = SystemExit(f"{name}: {f'rank {rank()}: ' if world() > 1 else ''}{error}")
+        elif isinstance(error, SystemExit) and isinstance(error.code, str):
+            error = SystemExit(f"{name}: {error.code}")
         elif isinstance(error, RuntimeError) and (isinstance(error, dist.DistBackendError) or "gloo" in str(error)):
             time.sleep(2)  # torchrun names the rank that it sees end first, and this is not the one
             error = SystemExit(f"{name}: rank {rank()} stops, since another rank was lost; the same command goes on")
@@ -299,14 +301,21 @@ class _Items:
         self.encode = encode
 
     def __getitem__(self, key):
-        return self.encode(*key)
+        try:
+            return self.encode(*key)
+        except ValueError as error:  # raised by `loader`: out of a worker it would come with that one's traceback for a message
+            return error
 
 
 def loader(encode, batches, num_workers=0):
     """Iterates over `batches`, each key passed to encode(*key). Workers leave SIGTERM to the main process, and the loader has its
     own generator, since iter(DataLoader) would otherwise draw from the global one."""
-    return torch.utils.data.DataLoader(_Items(encode), batch_sampler=batches, collate_fn=list, num_workers=num_workers,
-                                       worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN), generator=torch.Generator())
+    for items in torch.utils.data.DataLoader(_Items(encode), batch_sampler=batches, collate_fn=list, num_workers=num_workers,
+                                             worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN), generator=torch.Generator()):
+        for item in items:
+            if isinstance(item, ValueError):
+                raise item
+        yield items
 
 
 def seed_step(seed, step, micro):

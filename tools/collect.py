@@ -138,6 +138,16 @@ class Purse:
 
 # ------------------------------------------------------------------------------------------------------- the answers
 
+def read_answers(path):
+    """The rows of an OUT.answers.jsonl. Raises ValueError naming file and line."""
+    rows = []
+    for line, row in data.read_jsonl(path):
+        if not all(isinstance(row.get(key), str) for key in ("id", "teacher", "status", *(["text"] * (row.get("status") == "answered")))):
+            raise ValueError(f'{path}:{line}: expected "id", "teacher", "status" and, if answered, "text"')
+        rows.append(row)
+    return rows
+
+
 class Answers:
     """OUT.answers.jsonl: locked, its torn end repaired, read, appended to. A line is there whole or not at all."""
 
@@ -156,11 +166,7 @@ class Answers:
             except ValueError:
                 os.ftruncate(self.file, len(content) - len(torn))
                 print(f"{self.path}: the last line was torn and is removed; what it held is asked again", file=sys.stderr)
-        self.rows = []
-        for line, row in data.read_jsonl(self.path):
-            if not all(isinstance(row.get(key), str) for key in ("id", "teacher", "status", *(["text"] * (row.get("status") == "answered")))):
-                raise ValueError(f'{self.path}:{line}: expected "id", "teacher", "status" and, if answered, "text"')
-            self.rows.append(row)
+        self.rows = read_answers(self.path)
 
     def write(self, row):
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
@@ -386,7 +392,7 @@ def run(args):
     if out.exists() and not path.exists() and out.resolve() != Path(args.studies).resolve() and not args.dry_run:
         raise ValueError(f"{out}: exists and was not written by this command, expected another --out")
     if args.dry_run:  # reads what is there without claiming or repairing it
-        rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line] if path.exists() else []
+        rows = read_answers(path) if path.exists() else []
     else:
         answers = Answers(path)
         rows = answers.rows

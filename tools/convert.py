@@ -160,9 +160,7 @@ def studies(args):
 
 def preferences(study, task, images, prompt):
     """The rows of a study, one for each teacher that answered. TRL puts the images before the text of the user's message, as the stages do."""
-    for path in study.images:
-        with data.open_image(path, images):
-            pass
+    data.require_images([study], images)
     said = lambda role, text: {"role": role, "content": text}
     system = [said("system", task.prompts["system"])] if task.prompts["system"] else []
     for teacher, text in study.trajectories.items():

@@ -330,6 +330,8 @@ def run(args):
     if args.order_by:
         studies = ordered(studies, args.order_by, args.studies)
     blocks(len(studies), args.step, args.window)
+    if args.student:
+        student.require_family(args.student)
     on = args.on or ("errors" if any(study.labels for study in studies) else "findings")
     x = columns(studies, names, task, on, args.num_workers)
     if args.student:
