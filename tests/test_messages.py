@@ -224,16 +224,25 @@ def is_said(case, done):
 
 # ------------------------------------------------------------------------------------------------------------ the cases
 
-CASES = {}
+class Table(dict):
+    """{name: case}, where no case takes the place of another."""
+
+    def __setitem__(self, name, case):
+        assert name not in self, name
+        super().__setitem__(name, case)
+
+
+CASES = Table()
 
 STAGE = "--studies studies.jsonl --task_file task.json --student student --output_dir out"
 EVALUATE = "--student student --no-bf16"
 
 
-def add(command, table, name=None):
+def add(command, table):
     """table: {what: (flags, files, message)} or (files, message), for one command line."""
+    script, first, *_ = command.split()
     for what, (*flags, files, says) in table.items():
-        CASES[f"{name or command.split()[0]}: {what}"] = Case(" ".join([command, *flags]), says, files)
+        CASES[f"{script}{f' {first}' if first.isalpha() else ''}: {what}"] = Case(" ".join([command, *flags]), says, files)
 
 
 def studies(*lines):
