@@ -42,7 +42,7 @@ def with_images(benchmark):
     there, seen = [], set()
     for study in benchmark.studies:
         if study.id in seen:
-            raise ValueError(f"{benchmark.name}: {study.id!r} stands there twice, expected it once")
+            raise ValueError(f"{benchmark.name}: {shown(study.id)} stands there twice, expected it once")
         seen.add(study.id)
         try:
             for path in study.images:
