@@ -21,7 +21,7 @@ import data
 from data import Study
 from records import is_name, read_json, shown
 
-MAX_LINE = 1_000_000  # characters of a table's line; a real one has some hundred, one of a bomb that was packed as .gz has no end
+MAX_LINE = 1_000_000  # bytes of a table's line; a real one has some hundred, one of a bomb that was packed as .gz has no end
 
 
 @dataclass
@@ -42,7 +42,7 @@ def with_images(benchmark):
     there, seen = [], set()
     for study in benchmark.studies:
         if study.id in seen:
-            raise ValueError(f"{benchmark.name}: {study.id!r} stands there twice, expected it once")
+            raise ValueError(f"{benchmark.name}: {shown(study.id)} stands there twice, expected it once")
         seen.add(study.id)
         try:
             for path in study.images:
@@ -63,19 +63,21 @@ def table(path):
     opened = gzip.open if str(path).endswith(".gz") else open
 
     def lines(file):
+        encoding = "utf-8-sig"
         while line := file.readline(MAX_LINE):
             if len(line) == MAX_LINE:
-                raise ValueError(f"expected a line of less than {MAX_LINE:,} characters")
-            yield line
+                raise ValueError(f"expected a line of less than {MAX_LINE:,} bytes")
+            yield line.decode(encoding)
+            encoding = "utf-8"
 
-    with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
+    with opened(path, "rb") as file:
         reader = csv.reader(lines(file), strict=True)
         try:
             for row in reader:
                 if row:
                     yield reader.line_num, row
         except (csv.Error, ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-            line = reader.line_num + (not isinstance(error, csv.Error))  # the reader counts a line when it has it
+            line = reader.line_num + (not isinstance(error, csv.Error))  # the others stop before it is counted
             raise ValueError(f"{path}:{line}: no line of a CSV file in UTF-8: {error}") from None
 
 

@@ -28,7 +28,7 @@ import time
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
-from records import read_json, shown, too_deep
+from records import is_name, read_json, shown, too_deep
 
 MAX_ANSWER_BYTES = 16 << 20
 MAX_WAIT = 3600  # seconds; an endpoint that asks for more has nothing to give today
@@ -107,7 +107,7 @@ def read_endpoints(path, chosen=None, only_loopback=True, with_keys=True):
     image_tokens is what an image costs, for estimates. Raises ValueError naming the file, the teacher and what was expected, and never
     a value: a key may stand in the wrong place. A file that holds a key is refused."""
     specs = read_json(path)
-    if not isinstance(specs, dict) or not specs or not all(isinstance(spec, dict) for spec in specs.values()):
+    if not isinstance(specs, dict) or not specs or not all(is_name(name) and isinstance(spec, dict) for name, spec in specs.items()):
         raise ValueError(f'{path}: expected an object {{teacher: {{"url": ..., "model": ...}}}}')
     if unknown := [name for name in chosen.split(",") if name not in specs] if chosen else []:
         raise ValueError(f"--teachers {','.join(unknown)}: expected some of {', '.join(specs)}")

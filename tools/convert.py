@@ -118,7 +118,7 @@ def convert(item, mapping):
     texts = mapping["trajectories"]
     if set(texts) == {"teacher", "text"}:
         teacher = get(item, texts["teacher"])
-        texts = {teacher if isinstance(teacher, str) else repr(teacher)[:80]: get(item, texts["text"])}
+        texts = {None if isinstance(teacher, (dict, list)) else teacher: get(item, texts["text"])}
     else:
         texts = {teacher: text for teacher, field in texts.items() if (text := get(item, field)) is not None}
     record["trajectories"] = texts
