@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 import transformers
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 import student as students
@@ -68,7 +68,8 @@ def _temporary(path):
 
 @contextlib.contextmanager
 def whole(path):
-    """A temporary name for a file or folder, which becomes `path` when all of it is on disk. If that fails nothing is left behind."""
+    """A temporary name for a file or folder, which becomes `path` when all of it is on disk. If that fails nothing is left behind.
+    Raises OSError where writing fails, as on a full disk."""
     path = Path(path)
     temporary = _temporary(path)
     _remove(temporary)
@@ -80,8 +81,10 @@ def whole(path):
             _remove(path)
         os.replace(temporary, path)
         _fsync(path.parent)
-    except BaseException:
+    except BaseException as error:
         _remove(temporary)
+        if isinstance(error, (OSError, SafetensorError)):
+            raise OSError(f"{path} could not be written: {error}") from None
         raise
 
 

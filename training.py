@@ -23,6 +23,7 @@ import transformers
 from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adamw import adamw
+from tqdm import tqdm
 
 import student as students
 
@@ -62,6 +63,8 @@ def process_group(name):
     try:
         yield
     except BaseException as error:
+        for bar in list(getattr(tqdm, "_instances", [])):
+            bar.close()  # or the message would stand on the bar's line
         if isinstance(error, (ValueError, OSError, FloatingPointError, SafetensorError)):
             error = SystemExit(f"{name}: {f'rank {rank()}: ' if world() > 1 else ''}{error}")
         elif isinstance(error, SystemExit) and isinstance(error.code, str):
@@ -73,7 +76,7 @@ def process_group(name):
             if not isinstance(error, SystemExit):
                 traceback.print_exc()
             elif isinstance(error.code, str):
-                print(error.code, file=sys.stderr)
+                sys.stderr.write(f"{error.code}\n")  # in one piece, since other ranks may write too
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(error.code if isinstance(getattr(error, "code", None), int) else 1)
@@ -210,18 +213,15 @@ def parse(parser, presets, argv=None):
 
 
 def require(args, **how):
-    """Stops before any work where an input is missing, and says how it is made, or where --student is of a family that the code does
-    not fit. how: {flag: the command that makes the input}."""
+    """Raises ValueError before any work where an input is missing, and says how it is made, or where --student is of a family that the
+    code does not fit. how: {flag: the command that makes the input}."""
     for name, hint in {"studies": "one JSON object a line, see data.py", **how, "output_dir": "name the run's folder"}.items():
         value = getattr(args, name)
         hub_id = name == "student" and value and value.count("/") == 1
         if value is None or not (name == "output_dir" or hub_id or os.path.exists(value)):
-            raise SystemExit(f"--{name}{' ' + value if value else ''}: missing; {hint}")
+            raise ValueError(f"--{name}{' ' + value if value else ''}: missing; {hint}")
     if "student" in how:
-        try:
-            students.require_family(args.student)
-        except ValueError as error:
-            raise SystemExit(str(error)) from None
+        students.require_family(args.student)
 
 
 # ------------------------------------------------------------------------------------------------------- plan of a run

@@ -80,6 +80,6 @@ def test_a_stage_refuses_it_before_any_work(stage, tmp_path, run_flags):
     folder.mkdir()
     (folder / "config.json").write_text('{"model_type": "llava"}')  # no tokenizer, no weights: nothing else is looked at
     flags = [*run_flags[:-1], folder, "--output_dir", tmp_path / "run", *(["--positives", run_flags[3]] if stage is apo else [])]
-    with pytest.raises(SystemExit, match=rf"--student {folder} is a llava, expected a Qwen2.5-VL"):
+    with pytest.raises(ValueError, match=rf"--student {folder} is a llava, expected a Qwen2.5-VL"):
         stage.run(stage.parse([str(flag) for flag in flags]))
     assert not (tmp_path / "run").exists()

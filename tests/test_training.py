@@ -1,12 +1,10 @@
-"""The schedule, the plan of an epoch, the optimiser, and the files of a run folder."""
+"""The schedule, the plan of an epoch, the optimiser, the flags."""
 
 import argparse
-import json
 
 import pytest
 import torch
 
-import checkpoint
 import spd
 import training
 
@@ -118,81 +116,6 @@ def test_clipping_is_by_the_global_norm():
     weights["a"].grad, weights["b"].grad = torch.tensor([3.0]), torch.tensor([4.0])
     assert training.update(weights, optimiser, 1.0, 1.0) == pytest.approx(5.0)
     assert weights["a"].item() == pytest.approx(-0.6, rel=1e-4) and weights["b"].item() == pytest.approx(-0.8, rel=1e-4)
-
-
-# --- checkpoints
-
-def trained(seed=0):
-    torch.manual_seed(seed)
-    parameters = {"w": torch.nn.Parameter(torch.randn(3, 2)), "h": torch.nn.Parameter(torch.randn(4).bfloat16())}
-    optimiser = training.MasterAdamW(parameters.values(), lr=0.1)
-    return parameters, optimiser
-
-
-def steps(parameters, optimiser, seeds):
-    for seed in seeds:
-        generator = torch.Generator().manual_seed(seed)
-        for p in parameters.values():
-            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
-        optimiser.step()
-
-
-def test_a_checkpoint_restores_weights_masters_and_moments_to_the_bit(tmp_path):
-    parameters, optimiser = trained()
-    steps(parameters, optimiser, [1, 2])
-    checkpoint.save_checkpoint(tmp_path, 2, parameters, optimiser, {"log": {}}, 2)
-    steps(parameters, optimiser, [3, 4])
-    again, fresh = trained(seed=9)
-    path, manifest = checkpoint.newest_checkpoint(tmp_path)
-    checkpoint.load_checkpoint(path, again, fresh)
-    steps(again, fresh, [3, 4])
-    assert manifest["step"] == 2
-    for name, p in parameters.items():
-        assert torch.equal(p, again[name]) and torch.equal(optimiser.state[p]["exp_avg"], fresh.state[again[name]]["exp_avg"])
-    assert torch.equal(optimiser.state[parameters["h"]]["master"], fresh.state[again["h"]]["master"])
-
-
-@pytest.mark.parametrize("damage", ["truncated", "flipped", "no manifest"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage, capsys):
-    parameters, optimiser = trained()
-    for step in (1, 2, 3):
-        steps(parameters, optimiser, [step])
-        checkpoint.save_checkpoint(tmp_path, step, parameters, optimiser, {"log": {}}, 2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000003"]
-    file = tmp_path / "step-000003" / "trainable.safetensors"
-    content = bytearray(file.read_bytes())
-    if damage == "no manifest":
-        (tmp_path / "step-000003" / "manifest.json").unlink()
-    else:
-        content[-1] ^= 1
-        file.write_bytes(bytes(content[:-5] if damage == "truncated" else content))
-    path, manifest = checkpoint.newest_checkpoint(tmp_path)
-    assert path.name == "step-000002" and manifest["step"] == 2
-    assert "falling back" in capsys.readouterr().out
-
-
-def test_a_checkpoint_of_other_parameters_is_refused(tmp_path):
-    parameters, optimiser = trained()
-    checkpoint.save_checkpoint(tmp_path, 1, parameters, optimiser, {"log": {}}, 2)
-    with pytest.raises(ValueError, match="other parameters"):
-        checkpoint.load_checkpoint(tmp_path / "step-000001", {"v": parameters["w"]}, optimiser)
-
-
-def test_the_log_is_cut_back_to_the_step_it_resumes_from(tmp_path):
-    (tmp_path / "log.jsonl").write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"st')
-    checkpoint.Log(tmp_path, ["loss"], torch.device("cpu"), step=4)
-    assert (tmp_path / "log.jsonl").read_text() == '{"step": 2}\n{"step": 4}\n'
-
-
-def test_a_log_line_is_the_mean_over_its_interval(tmp_path):
-    log = checkpoint.Log(tmp_path, ["loss", "reward", "never"], torch.device("cpu"))
-    log.add("loss", 6.0, 3)
-    log.reduce()
-    log.add("loss", 2.0, 1)
-    log.add("reward", 5.0)
-    log.reduce()
-    assert log.write(2, learning_rate=0.1) == {"step": 2, "loss": 2.0, "reward": 5.0, "learning_rate": 0.1}
-    assert json.loads((tmp_path / "log.jsonl").read_text()) == {"step": 2, "loss": 2.0, "reward": 5.0, "learning_rate": 0.1}
 
 
 def test_presets_are_defaults_that_flags_override():
