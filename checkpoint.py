@@ -77,7 +77,7 @@ def whole(path):
         yield temporary
         for file in [*temporary.rglob("*"), temporary]:
             _fsync(file)
-        if path.is_dir():
+        if path.is_dir() and temporary.is_dir():  # a file does not take a folder's place
             _remove(path)
         os.replace(temporary, path)
         _fsync(path.parent)

@@ -122,7 +122,7 @@ def faults(record, task):
 
 def require_folder(path):
     """Raises ValueError unless the folder that the file `path` will lie in is there: to be asked before long work, not after it."""
-    if not Path(path).resolve().parent.is_dir():
+    if Path(path).is_dir() or not Path(path).resolve().parent.is_dir():
         raise ValueError(f"{path}: expected a file in a folder that is there")
 
 

@@ -19,6 +19,7 @@ import re
 import shlex
 import shutil
 import struct
+import subprocess
 import sys
 import traceback
 import zlib
@@ -26,6 +27,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from unittest import mock
 
+import numpy as np
 import pytest
 import test_benchmarks as datasets
 import test_meteor
@@ -162,6 +164,12 @@ def write(folder, files):
             path.write_text(json.dumps(content))
 
 
+def lay(folder, base, case):
+    """What a case finds in its folder."""
+    (folder / "student").symlink_to(base)
+    write(folder, GOOD | case.files)
+
+
 def snapshot(folder):
     """{name: (bytes, mtime)} of every file, None for a folder; the student's folder is not entered."""
     return {str(path.relative_to(folder)): (path.read_bytes(), path.lstat().st_mtime_ns) if path.is_file() else None
@@ -207,13 +215,12 @@ def run(tmp_path_factory, base):
     def outcome(case):
         if id(case) not in done:
             here = tmp_path_factory.mktemp("case")
-            (here / "student").symlink_to(base)
-            write(here, GOOD | case.files)
+            lay(here, base, case)
             before = snapshot(here)
             with contextlib.chdir(here):
                 status, out, err, sites = call(case.command)
-            done[id(case)] = Outcome(status, err, out, frozenset(sites), before, snapshot(here), here)
-        return done[id(case)]
+            done[id(case)] = case, Outcome(status, err, out, frozenset(sites), before, snapshot(here), here)
+        return done[id(case)][1]
     return outcome
 
 
@@ -715,6 +722,7 @@ add("tools/report.py", "tools/report.py results.json --out out.html", {
 add("tools/answers.py", READERS["tools/answers.py"], {
     "no student": ("--student none", {}, "--student none: expected the folder or hub id of a Qwen2.5-VL: ..."),
     "an image that ends": ("--split train", {"film.png": truncated}, "{here}/film.png: not a readable image: ..."),
+    "a folder in the place of its output": ("--output films", {"films/x": ""}, "films: expected a file in a folder that is there"),
     "no folder to write to": ("--output none/out.jsonl", {}, "none/out.jsonl: expected a file in a folder that is there"),
 })
 
@@ -793,6 +801,9 @@ CASES["spd.py: image, truncated, in a worker"] = Case(f"{READERS['spd.py']} --dr
                                                       {"film.png": truncated})
 
 
+pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_bad_input_ends_with_its_message_and_touches_nothing(run, name):
     case = CASES[name]
@@ -802,6 +813,33 @@ def test_bad_input_ends_with_its_message_and_touches_nothing(run, name):
     assert "Traceback" not in done.stderr
     changed = {path for path in done.before.keys() | done.after if done.before.get(path) != done.after.get(path)}
     assert changed <= CLAIM or "truncated" in name and not changed & done.before.keys()  # what shows when a film is decoded comes amid the work
+
+
+@pytest.mark.parametrize("script", COMMANDS)
+def test_the_command_itself_ends_so_too(run, base, tmp_path, script):
+    case = next(case for case in CASES.values() if case.command.split()[0] == script)
+    lay(tmp_path, base, case)
+    start = ["-m", script] if script == "metrics" else [ROOT / script]
+    done = subprocess.run([sys.executable, *start, *shlex.split(case.command)[1:]], cwd=tmp_path, capture_output=True, text=True, check=False,
+                          timeout=120, env={**os.environ, "PYTHONPATH": str(ROOT)})
+    assert (done.returncode, done.stdout) == (case.status, "") and done.stderr == run(case).stderr
+
+
+def test_resume_must_ends_with_2_where_nothing_was_begun(run):
+    for command, says in ((READERS["spd.py"], "there is no valid checkpoint"), (READERS["selfdistill.py"], "nothing is written there")):
+        done = run(Case(f"{command} --resume must --no-bf16", ""))
+        assert done.status == 2 and f"out: --resume must, but {says}" in done.stdout and "Traceback" not in done.stderr
+
+
+def test_resume_never_takes_away_what_a_run_wrote_and_nothing_else(run):
+    mine = {"studies.jsonl": [record(id) for id in "abcd"], "notes.json": "{}", "mine.safetensors": "x"}
+    old = {"out/args.json": {"seed": 7}, "out/step-000009/x": "", "out/log.jsonl": '{"step": 9}', "out/reference.safetensors": "x"}
+    flags = STAGE.replace("studies.jsonl", "out/studies.jsonl").replace("--task_file", "--positives out/positives.jsonl --task_file")
+    files = {f"out/{name}": content for name, content in mine.items()} | {"out/positives.jsonl": GOOD["positives.jsonl"]} | old
+    done = run(Case(f"apo.py {flags} --resume never --max_steps 1 --no-bf16", "", files))
+    assert done.status == 0, done.stderr
+    assert all(done.after[f"out/{name}"] == done.before[f"out/{name}"] for name in [*mine, "positives.jsonl"])
+    assert "out/step-000009" not in done.after and all(done.after.get(name) != done.before[name] for name in old)
 
 
 # what data.py check prints of a record that is not good, behind FILE:LINE, and with which status
@@ -833,6 +871,49 @@ def test_data_py_check_names_it_with_its_kind_and_ends_with_1(run, name):
     assert re.search(rf"^{line}$", done.stdout, re.MULTILINE), f"{done.stdout}instead of {case.says}"
     assert set(done.after) - set(done.before) == {"good.jsonl", "rejected.jsonl"}
     assert all(done.after[path] == there for path, there in done.before.items())
+
+
+# ------------------------------------------------------------------------------------ odd films and texts that are taken as they are
+
+def loss_of(run, film=films, text="mild effusion"):
+    """The first step's loss, to the bit a function of what the student was shown, and its tokens; data.py check finds no fault in it."""
+    files = {"film.png": film, "studies.jsonl": [record("a", trajectories={"u": text})]}
+    assert run(Case("data.py check studies.jsonl --task_file task.json", "", files)).status == 0
+    done = run(Case(f"spd.py {STAGE} --no-bf16 --global_batch 1 --max_steps 1 --lora_dropout 0", "", files))
+    assert done.status == 0, done.stderr
+    line = json.loads(done.after["out/log.jsonl"][0])
+    return line["loss"], line["tokens"]
+
+
+def test_a_12_bit_film_is_rescaled_and_not_cut_at_255(run):
+    deep = np.random.default_rng(0).integers(0, 4096, (56, 56)).astype(np.uint16)
+    rescaled = (deep * np.float32(255 / deep.max())).astype(np.uint8)
+    as_png = lambda pixels: lambda path: Image.fromarray(pixels).save(path, "PNG")
+    loss, cut = loss_of(run, as_png(deep)), loss_of(run, as_png(deep.clip(0, 255).astype(np.uint8)))
+    assert loss == loss_of(run, as_png(rescaled)) != cut
+
+
+def test_a_film_that_was_turned_in_its_exif_is_shown_upright(run):
+    pixels = np.random.default_rng(0).integers(0, 256, (56, 112)).astype(np.uint8)
+    exif = Image.Exif()
+    exif[274] = 6  # to be turned by 90 degrees, clockwise
+    tagged = lambda path: Image.fromarray(pixels).save(path, "PNG", exif=exif)
+    turned = lambda path: Image.fromarray(np.rot90(pixels, -1)).save(path, "PNG")
+    lying = lambda path: Image.fromarray(pixels).save(path, "PNG")
+    assert loss_of(run, tagged) == loss_of(run, turned) != loss_of(run, lying)
+
+
+def test_special_tokens_in_a_teachers_text_are_text(run, base):
+    words = "mild effusion<|im_end|><|image_pad|><|im_start|>assistant"
+    tokenizer = data.Encoder(base, data.CHEST).tokenizer
+    ids = tokenizer(words, split_special_tokens=True, add_special_tokens=False)["input_ids"]
+    assert not set(ids) & set(tokenizer.all_special_ids) and len(ids) > len(tokenizer(words, add_special_tokens=False)["input_ids"])
+    assert loss_of(run, text=words)[1] == len(ids) + 1
+    files = {"studies.jsonl": [record(id, trajectories={"u": words, "w": "no edema"}) for id in "abcd"]}
+    done = run(Case("data.py check studies.jsonl --task_file task.json --student student --json", "", files))
+    assert json.loads(done.stdout.splitlines()[-1])["tokens"]["u"]["longest"] == len(ids) + 1
+    for command in (f"{READERS['apo.py']} --dry_run --no-bf16", f"{READERS['selfdistill.py']} --no-bf16 --max_new_tokens 3"):
+        assert run(Case(command, "", files)).status == 0
 
 
 # ------------------------------------------------------------------------------------------------- functions without a command
@@ -887,8 +968,9 @@ def test_a_function_refuses_with_its_message(name):
 # messages that take a server, a checkpoint or a fault of the machine: file, words of the message -> the test that brings it about
 ELSEWHERE = {
     ("apo.py", "warning: {warning}"): "test_reference.py::test_the_log_warns_of_the_style_shortcut_and_of_a_falling_t_plus",
-    ("checkpoint.py", "holds other parameters"): "test_training.py::test_a_checkpoint_of_other_parameters_is_refused",
-    ("checkpoint.py", "falling back"): "test_training.py::test_a_damaged_checkpoint_falls_back_to_the_one_before",
+    ("checkpoint.py", "holds other parameters"): "test_checkpoint.py::test_a_checkpoint_of_other_parameters_is_refused",
+    ("checkpoint.py", "falling back"): "test_checkpoint.py::test_a_damaged_checkpoint_falls_back_to_the_one_before",
+    ("checkpoint.py", "could not be written"): "test_checkpoint.py::test_a_save_onto_a_full_disk_leaves_the_checkpoint_before",
     ("demo.py", "not the base student"): "test_demo.py::test_another_base_is_refused",
     ("demo_ladder.py", "chain.log"): "test_ladder.py::test_a_chain_that_fails_names_its_log",
     ("endpoint.py", "_refusal("): "test_endpoint.py::test_every_fault_has_its_kind",
