@@ -358,7 +358,7 @@ def run_ablation(args):
 def add_student_arguments(p, answers=True):
     """The flags of all commands that ask a student, and those of its answers."""
     p.add_argument("--student", action="append", required=True, help="NAME=FOLDER or FOLDER (or a hub id); may be given several times")
-    p.add_argument("--max_pixels", type=training.at_least_one, default=1024 * 28 * 28, help="pixels per image, 784 make a token (default: %(default)s)")
+    p.add_argument("--max_pixels", type=training.at_least_one, default=1024 * 28 * 28, help="pixels per image, 784 a token (default: %(default)s)")
     p.add_argument("--num_workers", type=int, default=0, help="processes per rank that load images (default: %(default)s)")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="weights in bf16")
     p.add_argument("--strict", action="store_true", help="exit with 1 if anything is missing")

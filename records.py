@@ -113,7 +113,7 @@ def faults(record, task):
         found.append('"trajectories": expected an object {teacher: text}')
     else:
         found += [f'"trajectories": {name!r}: expected a name without control characters' for name in trajectories if not is_name(name)]
-        found += [f'"trajectories": {name!r} is empty or no text, expected the teacher\'s words' for name, value in trajectories.items() if not text(value)]
+        found += [f'"trajectories": {name!r} is empty or no text, expected words' for name, value in trajectories.items() if not text(value)]
     for key in ("report", "split", "t_plus"):
         if record.get(key) is not None and not isinstance(record[key], str):
             found.append(f'"{key}": expected a string')

@@ -266,7 +266,8 @@ def task(**changes):
 # case 16 of a robust reader, and what else is no line of JSON: bytes of the second line, what is said of it behind FILE:2
 BAD_LINES = {
     "truncated": (b'{"id": "b", "image": "film.p', "not a JSON object in UTF-8: Unterminated string..."),
-    "byte-order mark": (b'\xef\xbb\xbf{"id": "b", "image": "film.png"}', "not a JSON object in UTF-8: ... (a UTF-8 byte-order mark; save the file without it)"),
+    "byte-order mark": (b'\xef\xbb\xbf{"id": "b", "image": "film.png"}',
+                        "not a JSON object in UTF-8: ... (a UTF-8 byte-order mark; save the file without it)"),
     "latin-1": (b'{"id": "r\xf6ntgen"}', "not a JSON object in UTF-8: 'utf-8' codec can't decode byte 0xf6 ..."),
     "NaN": (b'{"id": NaN}', "not a JSON object in UTF-8: NaN is not JSON"),
     "deep nesting": (b'{"id": ' + b"[" * 100_000, "not a JSON object in UTF-8: ..."),
@@ -285,7 +286,7 @@ BAD_RECORDS = {
     "unknown finding": ("label", record("b", labels={"Oedema": "mild"}), "\"labels\": unknown finding 'Oedema', expected one of Effusion, Edema"),
     "unknown class": ("label", record("b", labels={"Edema": 1}), "\"labels\": Edema is 1, expected one of 'absent', 'mild'"),
     "trajectories as a list": ("trajectory", record("b", trajectories=["x"]), '"trajectories": expected an object {teacher: text}'),
-    "empty teacher": ("trajectory", record("b", trajectories={"u": " "}), "\"trajectories\": 'u' is empty or no text, expected the teacher's words"),
+    "empty teacher": ("trajectory", record("b", trajectories={"u": " "}), "\"trajectories\": 'u' is empty or no text, expected words"),
     "report as a number": ("field", record("b", report=1), '"report": expected a string'),
     "split as a list": ("field", record("b", split=["train"]), '"split": expected a string'),
     "t+ as an object": ("field", record("b", t_plus={}), '"t_plus": expected a string'),
@@ -348,8 +349,10 @@ add("spd.py", READERS["spd.py"], {
     "no student": ("--student none", {}, "--student none: missing; name a Qwen2.5-VL folder or hub id, such as Qwen/Qwen2.5-VL-7B-Instruct"),
     "another family": ("--student other", {"other/config.json": {"model_type": "llama"}},
                        "--student other is a llama, expected a Qwen2.5-VL (qwen2_5_vl) of any size. For another family ..."),
-    "a folder without a model": ("--student other", {"other/x": ""}, "--student other is a model without a model_type, expected a Qwen2.5-VL (qwen2_5_vl) of any size. For another family ..."),
-    "a config that is no JSON": ("--student other", {"other/config.json": "{"}, "--student other: expected the folder or hub id of a Qwen2.5-VL: ...other/config.json' is not a valid JSON file."),
+    "a folder without a model": ("--student other", {"other/x": ""},
+            "--student other is a model without a model_type, expected a Qwen2.5-VL (qwen2_5_vl) of any size. For another family ..."),
+    "a config that is no JSON": ("--student other", {"other/config.json": "{"},
+                                 "--student other: expected the folder or hub id of a Qwen2.5-VL: ...other/config.json' is not a valid JSON file."),
     "no study of the split": ("--split validate", {}, "studies.jsonl: no study of split 'validate', expected at least one"),
     "an unknown teacher": ("--teachers u,x", {}, "--teachers x: expected some of u, w"),
     "an unknown part": ("--train all", {}, "--train all: expected some of lora, merger, decoder, vision, and not both lora and decoder"),
@@ -394,8 +397,10 @@ for flag in ("attempts", "batch_size", "max_new_tokens", "server_concurrency"):
     CASES[f"selfdistill.py: --{flag} 0"] = Case(f"{READERS['selfdistill.py']} --{flag} 0",
                                                 f"argument --{flag}: '0', expected a whole number of at least 1", status=2)
 add("selfdistill.py", f"selfdistill.py {STAGE}", {
-    "no trajectories": ({"studies.jsonl": [record("a", trajectories=None)]}, "studies.jsonl: no study has trajectories, expected the teachers' texts"),
-    "no student": ("--student none", {}, "--student none: missing; stage 1 makes pi_st: spd.py --studies ... --output_dir runs/spd, in runs/spd/student"),
+    "no trajectories": ({"studies.jsonl": [record("a", trajectories=None)]},
+                        "studies.jsonl: no study has trajectories, expected the teachers' texts"),
+    "no student": ("--student none", {},
+                   "--student none: missing; stage 1 makes pi_st: spd.py --studies ... --output_dir runs/spd, in runs/spd/student"),
     "a URL that is none": ("--server ftp://x", {}, "the URL: expected http(s)://HOST[:PORT][/PATH] with no user, key or query in it"),
     "another machine": (f"--server {ELSEWHERE_HOST}", {},
                         "192.0.2.1 is not this machine, and images are not sent to others without --i_have_permission"),
@@ -444,13 +449,16 @@ add("evaluate.py progression", PROGRESSION, {
                                    "in/ms.csv:1: expected one column 'edema_progression', found subject_id, ..."),
     "a row that ends": (bench(datasets.write_ms_cxr_t, ("ms.csv", edit(datasets.MS_ROWS.splitlines()[1], "1,2"))),
                         "in/ms.csv:3: 2 fields, expected 11"),
-    "a pair twice": (bench(datasets.write_ms_cxr_t, ("ms.csv", edit("50000003,p10/p10002428/s50000003/33334444-e", "50000001,p10/p10002428/s50000001/11112222-b"))),
+    "a pair twice": (bench(datasets.write_ms_cxr_t, ("ms.csv", edit("50000003,p10/p10002428/s50000003/33334444-e",
+                     "50000001,p10/p10002428/s50000001/11112222-b"))),
                      "in/ms.csv:4: the pair ... stands there twice, expected it once"),
     "no file": ("--ms_cxr_t none.csv", {}, "[Errno 2] No such file or directory: 'none.csv'"),
-    "a csv in Latin-1": ({**MS, "in/ms.csv": datasets.MS_HEAD.encode() + b"\n\xe9,2\n"}, "in/ms.csv:2: no line of a CSV file in UTF-8: 'utf-8' codec can't decode byte 0xe9 ..."),
+    "a csv in Latin-1": ({**MS, "in/ms.csv": datasets.MS_HEAD.encode() + b"\n\xe9,2\n"},
+                         "in/ms.csv:2: no line of a CSV file in UTF-8: 'utf-8' codec can't decode byte 0xe9 ..."),
     "a csv with a line without end": ({**MS, "in/ms.csv": "x" * 1_000_000},
                                       "in/ms.csv:1: no line of a CSV file in UTF-8: expected a line of less than 1,000,000 bytes"),
-    "a csv with a field without end": ({**MS, "in/ms.csv": datasets.MS_HEAD + '\n"' + "x" * 200_000 + '"\n'}, "in/ms.csv:2: no line of a CSV file in UTF-8: field larger than field limit..."),
+    "a csv with a field without end": ({**MS, "in/ms.csv": datasets.MS_HEAD + '\n"' + "x" * 200_000 + '"\n'},
+                                       "in/ms.csv:2: no line of a CSV file in UTF-8: field larger than field limit..."),
     "no film": (MS | {f"in/files/{name}.jpg": None for name in datasets.FILMS},
                 "MS-CXR-T, progression: no study has both labels and images; ...: no such image; ..."),
 })
@@ -479,14 +487,16 @@ add("evaluate.py classify", READERS["evaluate.py classify"] + " --split train", 
     "an output that is no JSON": ({"out.json": "{"}, "out.json: exists and was not written by evaluate.py, expected another --output"),
 })
 EMPTY = f"evaluate.py reports --studies studies.jsonl {EVALUATE} --output out.json --split train"
-add("evaluate.py reports --studies", EMPTY, {"a label of the chest's": ({}, "studies.jsonl:1: \"labels\": unknown finding 'Effusion', expected one of Atelectasis, ..."),
+add("evaluate.py reports --studies", EMPTY, {
+            "a label of the chest's": ({}, "studies.jsonl:1: \"labels\": unknown finding 'Effusion', expected one of Atelectasis, ..."),
             "no report": ({"studies.jsonl": [record("a", labels=None, report=None)]},
                           "studies.jsonl: no study has both a report and its image; ..."),
             "images, truncated": ({"studies.jsonl": [record("a", labels=None)], "film.png": truncated},
                                   "no image could be read, the first: {here}/film.png: not a readable image: ..."),
             "no image": ({"studies.jsonl": [record("a", labels=None)], "film.png": None},
                          "studies.jsonl: no study has both a report and its image; a: {here}/film.png: no such image"),
-            "damaged METEOR": ("--meteor own", {"studies.jsonl": [record("a", labels=None)], "own/meteor-1.5.jar": "x", "own/data/paraphrase-en.gz": "x"},
+            "damaged METEOR": ("--meteor own", {"studies.jsonl": [record("a", labels=None)], "own/meteor-1.5.jar": "x",
+                                                "own/data/paraphrase-en.gz": "x"},
                                "own/meteor-1.5.jar is not METEOR 1.5's: File is not a zip file")})
 ANNOTATED = f"evaluate.py reports --annotation in/annotation.json --images in/files {EVALUATE} --output out.json"
 add("evaluate.py reports --annotation", ANNOTATED, {
@@ -501,7 +511,8 @@ add("evaluate.py reports --annotation", ANNOTATED, {
 MIMIC = bench(datasets.write_mimic_reports)
 add("evaluate.py reports --reports", f"evaluate.py reports --reports in/reports --images in {EVALUATE} --output out.json", {
     "no tables": ({"in/x": ""}, "in: no mimic-cxr-2.0.0-metadata.csv*"),
-    "no study of the split": ("--split validate", MIMIC, "in/mimic-cxr-2.0.0-split.csv.gz: no study of split 'validate', expected train, validate or test"),
+    "no study of the split": ("--split validate", MIMIC,
+                              "in/mimic-cxr-2.0.0-split.csv.gz: no study of split 'validate', expected train, validate or test"),
     "a report in Latin-1": ({**MIMIC, "in/reports/files/p10/p10000032/s50414267.txt": b"FINDINGS: caf\xe9"},
                             "in/reports/files/p10/p10000032/s50414267.txt: no text in UTF-8: ..."),
 })
@@ -551,7 +562,8 @@ add("evaluate.py ablation", "evaluate.py ablation results.json", {
 })
 add("evaluate.py teachers", READERS["evaluate.py teachers"], {
     "no samples": ("--samples 0", {}, "--samples 0: expected at least 1"),
-    "no trajectories": ({"studies.jsonl": [record("a", trajectories=None)]}, "studies.jsonl: no study has trajectories, expected the teachers' texts"),
+    "no trajectories": ({"studies.jsonl": [record("a", trajectories=None)]},
+                        "studies.jsonl: no study has trajectories, expected the teachers' texts"),
     "no reports": ("--against report", {"studies.jsonl": [record("a", report=None)]},
                    "studies.jsonl: no study has report, expected some for --against report"),
     "an unknown teacher": ("--teachers x", {}, "--teachers x: expected some of u, w"),
@@ -573,8 +585,10 @@ add("data.py check", CHECK, {
     "no record": ({"studies.jsonl": "\n\n"}, "studies.jsonl: no record, expected one JSON object a line"),
     "a task file": ({"task.json": "[]"}, "task.json: expected a JSON object"),
     "no folder for what is good": ("--out none/good.jsonl", {}, "[Errno 2] No such file or directory: 'none/.tmp-good.jsonl'"),
-    "a student without a tokenizer": ("--student other --skip_images", {"other/x": ""}, "other/tokenizer.json: expected the student's tokenizer: No such file or directory (os error 2)"),
-    "a tokenizer that is none": ("--student other --skip_images", {"other/tokenizer.json": "{"}, "other/tokenizer.json: expected the student's tokenizer: EOF while parsing..."),
+    "a student without a tokenizer": ("--student other --skip_images", {"other/x": ""},
+                                      "other/tokenizer.json: expected the student's tokenizer: No such file or directory (os error 2)"),
+    "a tokenizer that is none": ("--student other --skip_images", {"other/tokenizer.json": "{"},
+                                "other/tokenizer.json: expected the student's tokenizer: EOF while parsing..."),
 })
 for what, flags, says in (
         ("an unknown kind", "--allow refusal,typo", "--allow typo: expected some of json, field, label, ..."),
@@ -607,23 +621,27 @@ add("tools/convert.py studies", "tools/convert.py studies rows.jsonl --mapping m
     "no row": (mapping() | {"rows.jsonl": ""}, "rows.jsonl: no row, expected at least one"),
     "a fault": (mapping() | {"rows.jsonl": [{**ROWS[0], "labels": {"Edema": 3}}]},
                 "rows.jsonl:1: \"labels\": Edema is 3, expected one of 'absent', 'mild'"),
-    "twenty faults and more": (mapping() | {"rows.jsonl": [{}] * 25}, 'rows.jsonl:1: "id": expected a non-empty string without control characters\n...\n... and 30 more'),
+    "twenty faults and more": (mapping() | {"rows.jsonl": [{}] * 25},
+                               'rows.jsonl:1: "id": expected a non-empty string without control characters\n...\n... and 30 more'),
     "an id twice": (mapping() | {"rows.jsonl": ROWS * 2}, "rows.jsonl:2: \"id\": 'a' stands there twice, expected one row a study"),
     "long, a second text": (LONG | {"rows.jsonl": [answer(), answer()]}, "rows.jsonl:2: a second text of u for study 'a', expected one"),
     "long, another image": (LONG | {"rows.jsonl": [answer(), answer(by="w", image="x.png")]},
                             "rows.jsonl:2: image of study 'a' differ from an earlier row, expected the same"),
     "long, nobody": (LONG | {"rows.jsonl": [answer(by=None)]}, "rows.jsonl:1: \"trajectories\": the teacher is None, expected a name"),
-    "long, somebody without a name": (LONG | {"rows.jsonl": [answer(by=["u"])]}, "rows.jsonl:1: \"trajectories\": the teacher is None, expected a name"),
+    "long, somebody without a name": (LONG | {"rows.jsonl": [answer(by=["u"])]},
+                                      "rows.jsonl:1: \"trajectories\": the teacher is None, expected a name"),
 })
 add("tools/convert.py studies, .json", "tools/convert.py studies rows.json --mapping map.json --task_file task.json --out out.jsonl", {
     "no JSON": (mapping() | {"rows.json": "{"}, "rows.json: not a JSON file: ..."),
     "an object": (mapping() | {"rows.json": "{}"}, "rows.json: expected a list of objects, found dict"),
-    "a row that is none": (mapping() | {"rows.json": "[1]"}, 'rows.json[0]: "id": expected a non-empty string without control characters\nrows.json[0]: ...'),
+    "a row that is none": (mapping() | {"rows.json": "[1]"},
+                           'rows.json[0]: "id": expected a non-empty string without control characters\nrows.json[0]: ...'),
 })
 add("tools/convert.py studies, .csv", "tools/convert.py studies rows.csv --mapping map.json --task_file task.json --out out.jsonl", {
     "csv, a field too many": (mapping() | {"rows.csv": "id,image\na,film.png,x\n"}, "rows.csv:2: expected 2 fields"),
     "csv, a column twice": (mapping() | {"rows.csv": "id,id\n"}, "rows.csv:1: expected each column once, found 'id', 'id'"),
-    "csv, in Latin-1": (mapping() | {"rows.csv": b"id,image\n\xe9,x\n"}, "rows.csv:2: no line of a CSV file in UTF-8: 'utf-8' codec can't decode byte 0xe9 ..."),
+    "csv, in Latin-1": (mapping() | {"rows.csv": b"id,image\n\xe9,x\n"},
+                        "rows.csv:2: no line of a CSV file in UTF-8: 'utf-8' codec can't decode byte 0xe9 ..."),
 })
 add("tools/convert.py trl", READERS["tools/convert.py trl"], {
     "no image": ({"film.png": None}, "{here}/film.png: no such image"),
@@ -642,7 +660,8 @@ add("tools/prepare_mimic.py", f"{MIMIC_FLAGS} --keep_ms_cxr_t", {
     "too large a sample": ("--sample 99", PREPARED, "--sample 99: expected at most the 3 training studies that are left"),
     "films that are not there": (PREPARED | {"in/files": rmtree}, "5 of 5 films are missing, the first in/files/p10/...jpg; fetch them, or leave "
                                  "their studies out with --skip_missing"),
-    "no film at all": ("--skip_missing", PREPARED | {"in/files": rmtree}, "in: no study is left, expected films of train, validate, test below files/"),
+    "no film at all": ("--skip_missing", PREPARED | {"in/files": rmtree},
+                       "in: no study is left, expected films of train, validate, test below files/"),
     "no report": ("--reports empty", {**PREPARED, "empty/x": ""}, "--reports empty: holds none of the 5 reports, expected "
                                                                   "p10/p10000032/s50414267.txt in it or in its files/"),
     "no labels": ("--labels negbio", PREPARED, "in: no mimic-cxr-2.0.0-negbio.csv*"),
@@ -657,29 +676,35 @@ add("tools/collect.py", READERS["tools/collect.py"], {
     "endpoints, no JSON": ({"endpoints.json": "{"}, "endpoints.json: not a JSON file: ..."),
     "endpoints, a list": ({"endpoints.json": "[]"}, 'endpoints.json: expected an object {teacher: {"url": ..., "model": ...}}'),
     "endpoints, an unknown teacher": ("--teachers x", spec(), "--teachers x: expected some of u"),
-    "endpoints, a key": (spec(api_key="x"), 'endpoints.json: u: a key has no place in this file; "key_env" names the environment variable that holds it'),
+    "endpoints, a key": (spec(api_key="x"),
+                         'endpoints.json: u: a key has no place in this file; "key_env" names the environment variable that holds it'),
     "endpoints, an unknown field": (spec(typo=1), "endpoints.json: u: an unknown field, expected some of url, model, ..."),
     "endpoints, a field of the wrong kind": (spec(timeout="x"), 'endpoints.json: u: "timeout": expected seconds'),
-    "endpoints, a URL that is none": (spec(url="x"), "endpoints.json: u: the URL: expected http(s)://HOST[:PORT][/PATH] with no user, key or query in it"),
+    "endpoints, a URL that is none": (spec(url="x"),
+                                      "endpoints.json: u: the URL: expected http(s)://HOST[:PORT][/PATH] with no user, key or query in it"),
     "endpoints, another machine": (spec(url=ELSEWHERE_HOST),
                                    "endpoints.json: u: 192.0.2.1 is not this machine, and images are not sent to others without --i_have_permission"),
     "endpoints, the key itself": (spec(key_env="A_TEST_KEY", model="a-test-key-0"), 'endpoints.json: u: a key has no place in this file; ...'),
     "a budget without prices": ("--budget 1", spec(), '--budget: expected "usd_per_million_tokens" and a max_tokens or max_completion_tokens '
                                                       'in "request" of u'),
     "no image": (spec() | NEW | {"film.png": None}, ".: 1 images are missing, the first is film.png"),
-    "an output of somebody else": (spec() | NEW | {"out.jsonl": "x"}, "out.jsonl: exists and was not written by this command, expected another --out"),
+    "an output of somebody else": (spec() | NEW | {"out.jsonl": "x"},
+                                   "out.jsonl: exists and was not written by this command, expected another --out"),
     "answers that are none": (spec() | NEW | {"out.jsonl.answers.jsonl": ['{"id": "a"}']},
                               'out.jsonl.answers.jsonl:1: expected "id", "teacher", "status" and, if answered, "text"'),
     "answers that are none, a dry run": ("--dry_run", spec() | NEW | {"out.jsonl.answers.jsonl": ['{"id": "a"}']},
                                          'out.jsonl.answers.jsonl:1: expected "id", "teacher", "status" and, if answered, "text"'),
-    "a second run": (spec() | NEW | {"out.jsonl.answers.jsonl": locked}, "out.jsonl.answers.jsonl: another run writes it; wait for it or choose another --out"),
+    "a second run": (spec() | NEW | {"out.jsonl.answers.jsonl": locked},
+                     "out.jsonl.answers.jsonl: another run writes it; wait for it or choose another --out"),
 })
 add("tools/drift.py", READERS["tools/drift.py"], {
-    "no trajectories": ({"studies.jsonl": [record("a", trajectories=None)]}, "studies.jsonl: no study has trajectories, expected the teachers' texts"),
+    "no trajectories": ({"studies.jsonl": [record("a", trajectories=None)]},
+                        "studies.jsonl: no study has trajectories, expected the teachers' texts"),
     "an order that a study has not": ("--order_by when", {"studies.jsonl": [record("a", when=1), record("b")]},
                                       "studies.jsonl: study 'b' has 'when': None, expected a number or a text to order by"),
     "an order of texts and numbers": ("--order_by when", {"studies.jsonl": [record("a", when=1), record("b", when="2")]},
-                                      "studies.jsonl: 'when' is a text in one of the studies 'a' and 'b' and a number in the other, expected one of them in all"),
+                                      "studies.jsonl: 'when' is a text in one of the studies 'a' and 'b' and a number in the other, "
+                                      "expected one of them in all"),
     "a window that the step does not divide": ("--window 3 --step 2", {}, "--window 3 --step 2: expected a window that is a multiple of the step"),
     "too few studies": ("--window 9", {}, "5 studies: expected at least 18 for two windows of 9"),
     "one study": ({"studies.jsonl": [record("a")]}, "1 studies: expected at least 2 for two windows of 1"),
@@ -703,12 +728,14 @@ add("tools/report.py", "tools/report.py results.json --out out.html", {
     "no teachers": ("--teachers t.json", RESULTS | {"t.json": "{}"},
                     't.json: expected {"teachers": ...} as evaluate.py teachers --output writes; KeyError: \'teachers\''),
     "a drift without a position": ("--drift d.json", RESULTS | {"d.json": {"windows": ["x"], "teachers": {}}},
-                                   'd.json: expected {"windows": [N, ...], ...} as tools/drift.py --output writes; ValueError: a position is no number'),
+                                   'd.json: expected {"windows": [N, ...], ...} as tools/drift.py --output writes; '
+                                      'ValueError: a position is no number'),
     "no ladder": ("--ladder l.json", RESULTS | {"l.json": "{}"}, 'l.json: expected {"cells": ...} as demo.py ladder writes; KeyError: \'cells\''),
     "a log without a name": ("--log x.jsonl", RESULTS, "--log x.jsonl: expected NAME=FILE, with names that differ"),
     "no log": ("--log x=x.jsonl", RESULTS | {"x.jsonl": ['{"step": 1}', '{"loss": 1}']},
                'x.jsonl:2: expected {"step": N, ...} as spd.py and apo.py log'),
-    "an empty log": ("--log x=x.jsonl", RESULTS | {"x.jsonl": ""}, 'x.jsonl: is empty, expected {"step": N, ...} as spd.py and apo.py log on each line'),
+    "an empty log": ("--log x=x.jsonl", RESULTS | {"x.jsonl": ""},
+                     'x.jsonl: is empty, expected {"step": N, ...} as spd.py and apo.py log on each line'),
     "no study of the split": ("--studies studies.jsonl --split x", RESULTS, "studies.jsonl: no study of split 'x', expected at least one"),
     "a study that is none": ("--studies s.jsonl", RESULTS | {"s.jsonl": ['{"id": "a"}']},
                              's.jsonl:1: expected {"id": "...", "image": "...", ...}, a study'),
@@ -784,7 +811,8 @@ BAD_IMAGES = {
     "a name that begins alike": (film_at("../films_secret/film.png") | {"films/x": "", "films_secret/film.png": films},
                                  "../films_secret/film.png: lies outside the image folder {here}/films", "outside"),
     "a folder": (film_at("films") | {"films/y": ""}, "{here}/films: not a readable image: no file, or none that holds an image", "unreadable"),
-    "a NUL": ({"studies.jsonl": [record("a", image="a\0b.png")]}, '"image": expected a path or a list of two paths, without control characters', "field"),
+    "a NUL": ({"studies.jsonl": [record("a", image="a\0b.png")]}, '"image": expected a path or a list of two paths, without control characters',
+              "field"),
 }
 for what, (files, says, _) in BAD_IMAGES.items():
     root = " --images films" if "films/x" in files else ""
@@ -853,7 +881,8 @@ CHECKED |= {
     "two teachers with one text": Case(CHECK, "studies.jsonl:2: same text: 'u' and 'w' say the same, expected a text of each teacher's own",
                                        studies(record("b", trajectories={"u": "x", "w": "X "}))),
     "a refusal": Case(CHECK, "studies.jsonl:2: refusal: 'u' declines: 'I cannot say'", studies(record("b", trajectories={"u": "I cannot say"}))),
-    "a prompt with the diagnosis": Case(f"{CHECK} --prompt teacher", "studies.jsonl:1: leak: the student is asked 'why Effusion?', expected no diagnosis"),
+    "a prompt with the diagnosis": Case(f"{CHECK} --prompt teacher",
+    "studies.jsonl:1: leak: the student is asked 'why Effusion?', expected no diagnosis"),
     "a prompt with a finding": Case(CHECK, "studies.jsonl:1: leak: the student's prompt says Effusion, as this study's labels do, "
                                            "expected no diagnosis", task(prompts={**TASK["prompts"], "student": "why mild effusion?"})),
     "too long": Case(f"{CHECK} --student student --max_tokens 9", "studies.jsonl:1: length: ... tokens, expected at most --max_tokens 9"),
