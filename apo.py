@@ -80,7 +80,7 @@ PRESETS = {
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description="Stage 3, critique: autonomous preference optimisation (Eq. 8-11).")
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     training.add_training_arguments(parser)
     g = parser.add_argument_group("this stage")
     g.add_argument("--positives", help="positives.jsonl of stage 2")

@@ -208,7 +208,7 @@ def ladder_row(row, seeds, columns):
 
 
 def ladder_markdown(results):
-    """README's table of the ladder: mean and standard deviation over seeds in each world."""
+    """EXPERIMENT.md's table of the ladder, of which README has some rows: mean and standard deviation over seeds in each world."""
     worlds = list(dict.fromkeys(cell["world"] for cell in results["cells"]))
     lines = ["| | " + " | ".join(f"{world}: sampled | voiced | greedy" for world in worlds) + " |", "| --- |" + " --- | --- | --- |" * len(worlds)]
     for row in dict.fromkeys(cell["row"] for cell in results["cells"]):

@@ -54,7 +54,7 @@ PRESETS = {
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description="Stage 2, compare: sample t+ given all trajectories (Eq. 7).")
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     training.add_data_arguments(parser)
     g = parser.add_argument_group("sampling")
     g.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")

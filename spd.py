@@ -41,7 +41,7 @@ PRESETS = {
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description="Stage 1, learn: supervised pre-distillation (Eq. 5-6).")
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     training.add_training_arguments(parser)
     g = parser.add_argument_group("this stage")
     g.add_argument("--trajectories_per_study", type=int, default=0, help="drawn anew for each study and epoch; 0: all (default: %(default)s)")

@@ -163,7 +163,8 @@ def add_data_arguments(parser):
     g.add_argument("--refusals", choices=("keep", "drop"), default="drop", help="trajectories that decline to answer (default: %(default)s)")
     g.add_argument("--max_pixels", type=at_least_one, default=1024 * 28 * 28, help="pixels per image, 784 make a token (default: %(default)s)")
     g.add_argument("--num_workers", type=int, default=0, help="processes per rank that load images (default: %(default)s)")
-    g.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="weights in bf16, updates in fp32")
+    g.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+                   help="weights in bf16, updates in fp32 (default: on a GPU)")
     g.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
     g.add_argument("--train_base", action="store_true", help="scale model only: train its base student anew instead of taking the file that ships")
 
@@ -204,8 +205,9 @@ def add_training_arguments(parser):
 
 def parse(parser, presets, argv=None):
     """argv over the preset over the defaults. A preset is a plain dict of flags; without --studies it is 'demo'."""
-    parser.add_argument("--preset", choices=tuple(presets), help="a set of defaults, any flag overrides it: "
-                        + "; ".join(f"{name}: {', '.join(f'{k}={v}' for k, v in flags.items())}" for name, flags in presets.items()))
+    parser.add_argument("--preset", choices=tuple(presets), help="a set of defaults, listed below; any flag overrides it (default: paper "
+                        "with --studies, else demo)")
+    parser.epilog = "presets:\n" + "\n".join(f"  {name:8}  {', '.join(f'{k}={v}' for k, v in flags.items())}" for name, flags in presets.items())
     first, _ = parser.parse_known_args(argv)
     name = first.preset or ("paper" if first.studies else "demo")
     parser.set_defaults(**presets[name], preset=name)

@@ -1,4 +1,4 @@
-"""The whole pipeline on something that is no chest: README's leaves, three made-up teachers, drawn pictures, no code changed."""
+"""The whole pipeline on something that is no chest: the leaves of docs/data.md, three made-up teachers, drawn pictures, no code changed."""
 
 import json
 import random
@@ -24,8 +24,8 @@ WORDS = {"botanist": ("speckles", "holes"), "farmer": ("spots", "holes"), "robot
 
 
 def readme_task():
-    """The task.json that stands in README."""
-    section = (ROOT / "README.md").read_text(encoding="utf-8").split("## Another domain", 1)[1].split("\n## ", 1)[0]
+    """The task.json that stands in docs/data.md."""
+    section = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").split("## Another domain", 1)[1].split("\n## ", 1)[0]
     return section[section.index('    {"name"'):section.index("\n\n`findings` gives")]
 
 

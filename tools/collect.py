@@ -346,7 +346,7 @@ def parse(argv=None):
     parser.add_argument("--max_pixels", type=int, default=1024 * 28 * 28, help="pixels per image, larger ones are shrunk (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the waiting times (default: %(default)s)")
     parser.add_argument("--ask_refused_again", action="store_true", help="also the pairs whose answer was empty or cut")
-    parser.add_argument("--i_have_permission", action="store_true", help="send images to other machines than this one; see README on MIMIC-CXR")
+    parser.add_argument("--i_have_permission", action="store_true", help="send images to other machines than this one; see docs/data.md on MIMIC-CXR")
     parser.add_argument("--dry_run", action="store_true", help="print one request, the estimated tokens and cost; ask nobody, write nothing")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     return parser.parse_args(argv)

@@ -5,7 +5,7 @@
 
 studies: the schema of the published CXR-MAX is not known here, so a mapping file names its fields. Input: .jsonl, .json (a list of
 objects) or .csv. One row a study, or one row an answer: then "trajectories" names the teacher's field and the text's, and the rows of
-an id are put together. An example of each, as tools/cxr_max_mapping.json and in README:
+an id are put together. An example of each, as tools/cxr_max_mapping.json and in docs/data.md:
 
     {"id": "study_id", "image": "image_path", "split": "split", "report": "findings",
      "labels": {"Edema": "labels.edema"}, "classes": {"positive": 1, "negative": 0, "uncertain": -1},
