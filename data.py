@@ -283,7 +283,7 @@ def open_image(path, root):
     file = image_path(path, root)
     try:
         if file.exists() and not file.is_file():  # a pipe would keep who opens it waiting for ever
-            raise ValueError("no file, or none that holds an image")
+            raise ValueError("no regular file")
         with Image.open(file, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, expected at most {MAX_IMAGE_PIXELS:,}")

@@ -298,9 +298,10 @@ def _call(endpoint, method, path, body=None):
 def count(usage):
     """(tokens in, tokens out with hidden reasoning) of a usage, None if it does not tell."""
     n, out, total = ((usage or {}).get(key) for key in ("prompt_tokens", "completion_tokens", "total_tokens"))
-    if not all(type(tokens) is int and tokens >= 0 for tokens in (n, out)):
+    known = lambda tokens: type(tokens) is int and 0 <= tokens < 1 << 53  # beyond that it is no count, and no float
+    if not (known(n) and known(out)):
         return None
-    return n, max(out, total - n) if type(total) is int else out
+    return n, max(out, total - n) if known(total) else out
 
 
 def models(endpoint):

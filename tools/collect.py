@@ -36,6 +36,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import endpoint as endpoints  # noqa: E402
+from records import line_of, writing  # noqa: E402
 
 IN_A_ROW = 10  # so many failed requests, and a teacher is not asked any more
 
@@ -191,16 +192,12 @@ def merge(path, records, rows, names):
     for row in rows:
         if row["status"] == "answered":
             answers.setdefault(row["id"], {})[row["teacher"]] = row["text"]
-    temporary = Path(path).with_name(f".tmp-{Path(path).name}")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with writing(path) as file:
         for record in records:
             new, old = answers.get(record["id"], {}), record.get("trajectories", {})
             merged = {**old, **{name: new[name] for name in names if name in new and name not in old}}
             count += len(merged) - len(old)
-            file.write(json.dumps({**record, "trajectories": merged} if merged or "trajectories" in record else record, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+            file.write(line_of({**record, "trajectories": merged} if merged or "trajectories" in record else record))
     return count
 
 
