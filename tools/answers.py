@@ -32,7 +32,8 @@ def parse(argv=None):
     parser.add_argument("--split", default="test", help="which studies (default: %(default)s)")
     parser.add_argument("--limit", type=training.at_least_one, help="only the first so many studies (default: all)")
     parser.add_argument("--output", required=True, help="file to write")
-    parser.add_argument("--max_pixels", type=training.at_least_one, default=1024 * 28 * 28, help="pixels per image, 784 a token (default: %(default)s)")
+    parser.add_argument("--max_pixels", type=training.at_least_one, default=1024 * 28 * 28,
+                        help="pixels per image, 784 a token (default: %(default)s)")
     parser.add_argument("--max_new_tokens", type=training.at_least_one, default=1024, help="tokens of an answer (default: %(default)s)")
     parser.add_argument("--batch_size", type=training.at_least_one, default=32, help="studies per forward (default: %(default)s)")
     parser.add_argument("--num_workers", type=int, default=0, help="processes per rank that load images (default: %(default)s)")
