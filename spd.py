@@ -108,7 +108,7 @@ def run(args):
     def batch_of(examples):
         return student.to(student.pack(examples, model), device)
 
-    stream = training.loader(encode, plan.micro_batches(start), args.num_workers)
+    stream = iter(training.loader(encode, plan.micro_batches(start), args.num_workers))
     log = checkpoint.Log(args.output_dir, ("loss", "replay_loss", "tokens", *(f"loss/{name}" for name in names)), device, start, sums)
     stop = training.Stop()
     packed.train()

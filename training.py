@@ -66,7 +66,8 @@ def process_group(name):
         for bar in list(getattr(tqdm, "_instances", [])):
             bar.close()  # or the message would stand on the bar's line
         if isinstance(error, (ValueError, OSError, FloatingPointError, SafetensorError)):
-            error = SystemExit(f"{name}: {f'rank {rank()}: ' if world() > 1 else ''}{error}")
+            what = str(error).rpartition("\nValueError: ")[2].strip()  # of a loader's process, whose message is its traceback, the last line
+            error = SystemExit(f"{name}: {f'rank {rank()}: ' if world() > 1 else ''}{what}")
         elif isinstance(error, SystemExit) and isinstance(error.code, str):
             error = SystemExit(f"{name}: {error.code}")
         elif isinstance(error, RuntimeError) and (isinstance(error, dist.DistBackendError) or "gloo" in str(error)):
@@ -292,7 +293,6 @@ class Plan:
                 batches.append([(epoch, index) for index in order[first:first + self.micro_batch]])
         return batches
 
-
     def longest(self, tokens):
         """This rank's micro-batch with the longest study, [(epoch, index)]. tokens: packed length of each study."""
         return max(self.micro_batches(), key=lambda batch: max(tokens[index] for _, index in batch))
@@ -303,21 +303,14 @@ class _Items:
         self.encode = encode
 
     def __getitem__(self, key):
-        try:
-            return self.encode(*key)
-        except ValueError as error:  # raised by `loader`: out of a worker it would come with that one's traceback for a message
-            return error
+        return self.encode(*key)
 
 
 def loader(encode, batches, num_workers=0):
     """Iterates over `batches`, each key passed to encode(*key). Workers leave SIGTERM to the main process, and the loader has its
     own generator, since iter(DataLoader) would otherwise draw from the global one."""
-    for items in torch.utils.data.DataLoader(_Items(encode), batch_sampler=batches, collate_fn=list, num_workers=num_workers,
-                                             worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN), generator=torch.Generator()):
-        for item in items:
-            if isinstance(item, ValueError):
-                raise item
-        yield items
+    return torch.utils.data.DataLoader(_Items(encode), batch_sampler=batches, collate_fn=list, num_workers=num_workers,
+                                       worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN), generator=torch.Generator())
 
 
 def seed_step(seed, step, micro):
