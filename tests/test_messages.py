@@ -104,14 +104,14 @@ def truncated(path):
     path.write_bytes(path.read_bytes()[:-200])
 
 
+HELD = []
+
+
 def locked(path):
-    """An open file that another run holds: a second opening of a file is another one to flock."""
+    """A file that another run holds: to flock, each opening of a file is another one."""
     path.touch()
     HELD.append(open(path))
     fcntl.flock(HELD[-1], fcntl.LOCK_EX)
-
-
-HELD = []
 
 
 def broken_student(path):
@@ -121,20 +121,12 @@ def broken_student(path):
     weights.write_bytes(weights.read_bytes()[:-100])
 
 
-def rmtree(path):
-    shutil.rmtree(path)
-
-
 def prepared(folder):
     """MIMIC-CXR-JPG with its films."""
     test_prepare_mimic.tables(folder, test_prepare_mimic.STUDIES)
     for subject, study, _, images, _ in test_prepare_mimic.STUDIES:
         for dicom, _ in images:
             datasets.film(folder / f"files/p{str(subject)[:2]}/p{subject}/s{study}/{dicom}.jpg")
-
-
-def write_meteor(folder):
-    test_meteor.write_folder(folder)
 
 
 GOOD = {
@@ -205,12 +197,10 @@ def call(command):
     return status, out.getvalue(), err.getvalue(), sites
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def run(tmp_path_factory, base):
     """run(case) -> its Outcome; a case runs once."""
     done = {}
-    os.environ["A_TEST_KEY"] = "a-test-key-0"
-    gc.freeze()  # each stage collects what a run leaves; the libraries need not be looked through each time
 
     def outcome(case):
         if id(case) not in done:
@@ -221,7 +211,11 @@ def run(tmp_path_factory, base):
                 status, out, err, sites = call(case.command)
             done[id(case)] = case, Outcome(status, err, out, frozenset(sites), before, snapshot(here), here)
         return done[id(case)][1]
-    return outcome
+
+    with mock.patch.dict(os.environ, A_TEST_KEY="a-test-key-0"):
+        gc.freeze()  # a stage collects what its run leaves, and need not look through all libraries for it each time
+        yield outcome
+        gc.unfreeze()
 
 
 def is_said(case, done):
@@ -486,8 +480,8 @@ add("evaluate.py classify", READERS["evaluate.py classify"] + " --split train", 
     "an output that is none of ours": ({"out.json": "[1, 2]"}, "out.json: exists and was not written by evaluate.py, expected another --output"),
     "an output that is no JSON": ({"out.json": "{"}, "out.json: exists and was not written by evaluate.py, expected another --output"),
 })
-EMPTY = f"evaluate.py reports --studies studies.jsonl {EVALUATE} --output out.json --split train"
-add("evaluate.py reports --studies", EMPTY, {
+OWN_REPORTS = f"evaluate.py reports --studies studies.jsonl {EVALUATE} --output out.json --split train"
+add("evaluate.py reports --studies", OWN_REPORTS, {
             "a label of the chest's": ({}, "studies.jsonl:1: \"labels\": unknown finding 'Effusion', expected one of Atelectasis, ..."),
             "no report": ({"studies.jsonl": [record("a", labels=None, report=None)]},
                           "studies.jsonl: no study has both a report and its image; ..."),
@@ -658,9 +652,9 @@ add("tools/prepare_mimic.py", f"{MIMIC_FLAGS} --keep_ms_cxr_t", {
     "a patient in two splits": ({**PREPARED, SPLIT_CSV: edit("50000001,10000032,train", "50000001,10000032,test")},
                                 f"{SPLIT_CSV}:...: subject 10000032 is in t... and in t..., expected one split for each patient"),
     "too large a sample": ("--sample 99", PREPARED, "--sample 99: expected at most the 3 training studies that are left"),
-    "films that are not there": (PREPARED | {"in/files": rmtree}, "5 of 5 films are missing, the first in/files/p10/...jpg; fetch them, or leave "
+    "films that are not there": (PREPARED | {"in/files": shutil.rmtree}, "5 of 5 films are missing, the first in/files/p10/...jpg; fetch them, or leave "
                                  "their studies out with --skip_missing"),
-    "no film at all": ("--skip_missing", PREPARED | {"in/files": rmtree},
+    "no film at all": ("--skip_missing", PREPARED | {"in/files": shutil.rmtree},
                        "in: no study is left, expected films of train, validate, test below files/"),
     "no report": ("--reports empty", {**PREPARED, "empty/x": ""}, "--reports empty: holds none of the 5 reports, expected "
                                                                   "p10/p10000032/s50414267.txt in it or in its files/"),
@@ -764,7 +758,7 @@ PAIR = {"hyp.json": {"a": ["x"]}, "ref.json": {"a": ["x"]}}
 add("metrics", "metrics hyp.json ref.json", {
     "no file": ({}, "[Errno 2] No such file or directory: 'hyp.json'"),
     "not UTF-8": (PAIR | {"hyp.json": b'{"a":\n["\xe9"]}'}, "hyp.json:2: not UTF-8 (byte 0xe9)"),
-    "empty": (PAIR | {"ref.json": " "}, "ref.json: empty"),
+    "empty": (PAIR | {"ref.json": " "}, "ref.json: empty, expected a text a line, or {id: [texts]} in a .json"),
     "an id twice": (PAIR | {"hyp.json": '{"a": ["x"], "a": ["y"]}'}, "hyp.json: not JSON of the form {id: [texts]}: the id 'a' stands there twice"),
     "no JSON": (PAIR | {"hyp.json": "{"}, "hyp.json: not JSON of the form {id: [texts]}: ..."),
     "a list": (PAIR | {"hyp.json": "[1]"}, "hyp.json: not JSON of the form {id: [texts]}"),
@@ -775,10 +769,10 @@ add("metrics", "metrics hyp.json ref.json", {
     "no METEOR in the folder": ("--meteor none", PAIR, "...pip install pycocoevalcap... Missing in none: meteor-1.5.jar, data/paraphrase-en.gz"),
     "no jar": ("--meteor own", PAIR | {"own/meteor-1.5.jar": "x", "own/data/paraphrase-en.gz": "x"},
                "own/meteor-1.5.jar is not METEOR 1.5's: File is not a zip file"),
-    "a damaged table": ("--meteor own", PAIR | {"own": write_meteor, "own/data/paraphrase-en.gz": b"x"},
+    "a damaged table": ("--meteor own", PAIR | {"own": test_meteor.write_folder, "own/data/paraphrase-en.gz": b"x"},
                         "own/data/paraphrase-en.gz is damaged: Not a gzipped file (b'x')"),
 })
-add("metrics", "metrics hyp.txt ref.txt", {"other lines": ({"hyp.txt": "x\ny\n", "ref.txt": "x\n"}, "hyp.txt has 2 lines, ref.txt has 1")})
+add("metrics", "metrics hyp.txt ref.txt", {"other lines": ({"hyp.txt": "x\ny\n", "ref.txt": "x\n"}, "hyp.txt has 2 lines, ref.txt has 1, expected line i against line i")})
 CASES["metrics: a text beside JSON"] = Case("metrics hyp.txt ref.json", "hyp.txt and ref.json: either both are .json or both are text", PAIR)
 
 # ---------------------------------------------------------------------------------------------------------------- images

@@ -97,7 +97,7 @@ def test_a_last_line_without_line_end_crlf_and_a_byte_order_mark(copied, tmp_pat
 
 
 @pytest.mark.parametrize("hypotheses, references, message", [
-    (["x", "y"], ["x"], "hyp.txt has 2 lines, {}ref.txt has 1"),
+    (["x", "y"], ["x"], "hyp.txt has 2 lines, {}ref.txt has 1, expected line i against line i"),
     ({"a": ["x"]}, {"b": ["x"]}, "hyp.json and {}ref.json: 1 ids without reference, the first is 'a'"),
     ({"a": ["x"]}, {"a": ["x"], "b": ["x"]}, "hyp.json and {}ref.json: 1 ids without hypothesis, the first is 'b'"),
     ({"a": ["x", "y"]}, {"a": ["x"]}, "hyp.json and {}ref.json: 'a' has 2 hypotheses instead of one"),
@@ -105,8 +105,8 @@ def test_a_last_line_without_line_end_crlf_and_a_byte_order_mark(copied, tmp_pat
     ({"a": "x"}, {"a": ["x"]}, "hyp.json and {}ref.json: 'a': the hypothesis must be a list of strings"),
     ({"a": ["x"]}, ["x"], "hyp.json and {}ref.txt: either both are .json or both are text"),
     ({}, {"a": ["x"]}, "hyp.json: not JSON of the form {{id: [texts]}}"),
-    (["x"], [], "ref.txt: empty"),
-    (["x"], b" \n\n", "ref.txt: empty"),
+    (["x"], [], "ref.txt: empty, expected a text a line, or {{id: [texts]}} in a .json"),
+    (["x"], b" \n\n", "ref.txt: empty, expected a text a line, or {{id: [texts]}} in a .json"),
     (["x", "y"], b"fine\nna\xefve\n", "ref.txt:2: not UTF-8 (byte 0xef)"),
 ])
 def test_bad_input_is_named(copied, tmp_path, hypotheses, references, message):
