@@ -219,7 +219,7 @@ def ms_cxr_t(path, images, task, chexpert=None, blank="exclude"):
             labels = {f: value for f, value in labels.items() if value in (0, 1)}
         if films in seen:
             if task == "progression":
-                raise ValueError(f"{where}: the pair {' '.join(films)} stands there twice, expected it once")
+                raise ValueError(f"{where}: the pair {shown(' '.join(films))} stands there twice, expected it once")
             continue  # a film that is the current one of several pairs
         seen.add(films)
         if labels:

@@ -36,7 +36,6 @@ import sys
 import time
 import tracemalloc
 import zlib
-from pathlib import Path
 
 import pytest
 import torch
@@ -46,7 +45,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from test_benchmarks import write_chestx_det10, write_chestx_ray14, write_chexpert, write_open_i
-from test_data import INJECTION, png_of_size
+from test_data import INJECTION
 from test_fuzz import within
 
 import benchmarks
@@ -131,11 +130,9 @@ def test_no_dataset_reaches_a_film_outside_its_folder(tmp_path, name):
 
 def test_a_pipe_among_the_films_keeps_nobody_waiting(tmp_path):
     os.mkfifo(tmp_path / "x.png")
-    start = time.monotonic()
     for read in (data.load_image, report.film):
-        with pytest.raises(ValueError, match="x.png: .*no regular file"):
+        with within(5, asleep=True), pytest.raises(ValueError, match="x.png: .*no regular file"):
             read("x.png", tmp_path)
-    assert time.monotonic() - start < 5
 
 
 def writers(folder):
@@ -222,7 +219,6 @@ ZEROS = packed_zeros(200)
 IMAGE_BOMBS = {
     "zTXt": png_with(b"zTXt", b"k\0\0" + ZEROS), "zTXt behind the pixels": png_with(b"zTXt", b"k\0\0" + ZEROS, after=True),
     "iTXt": png_with(b"iTXt", b"k\0\1\0\0\0" + ZEROS), "iCCP": png_with(b"iCCP", b"k\0\0" + ZEROS),
-    "pixels beyond the header": png_of_size(100, 100).replace(b"IDAT", b"IDAT"),
     "JPEG of 65,500 pixels square": b"\xff\xd8\xff\xc0\x00\x0b\x08" + struct.pack(">HH", 65500, 65500) + b"\x01\x01\x11\x00\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00",
     "BMP of 2 billion pixels": b"BM" + struct.pack("<IHHI", 70, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 50_000, 40_000, 1, 8, 0, 0, 0, 0, 0, 0),
     "TIFF of 4 billion pixels": b"II*\0\x08\0\0\0\x06\0" + b"".join(struct.pack("<HHII", *tag) for tag in (
@@ -236,9 +232,12 @@ IMAGE_BOMBS = {
 def test_an_image_that_is_larger_than_it_looks_is_refused_in_little_time_and_memory(tmp_path, case):
     (tmp_path / "x.png").write_bytes(IMAGE_BOMBS[case])
     for read in (data.load_image, report.film):
-        with within(3), memory_below(80), contextlib.suppress(ValueError):
-            read("x.png", tmp_path)
-            assert "zTXt" in case or "iTXt" in case or case == "iCCP"  # Pillow may leave such a chunk alone; the film itself is good
+        with within(3), memory_below(80):
+            try:
+                read("x.png", tmp_path)
+                assert "zTXt" in case or "iTXt" in case or case == "iCCP"  # Pillow may leave such a chunk alone; the film itself is good
+            except ValueError as error:
+                assert "x.png: " in str(error) and ("EPS" not in case or "cannot identify image file" in str(error))
 
 
 def test_a_table_that_was_packed_to_a_thousandth_is_refused_in_little_memory(tmp_path):
@@ -578,14 +577,12 @@ def test_a_redirect_to_the_metadata_address_connects_to_nobody(monkeypatch):
 
 def test_nesting_of_any_depth_is_a_failure_and_no_other_exception():
     """Where Python gives up depends on how deep the caller is, so an answer just below that depth could break whoever writes it."""
-    def deep(below, call):
-        return deep(below - 1, call) if below else call()
+    def written(value, below=40):
+        return written(value, below - 1) if below else json.dumps(value)
 
-    for depth in (50, 99, 101, 300, 700, 900, *range(960, 1000, 3), 100_000):
-        content = b'{"choices": [{"message": {"content": "x"}}], "usage": {"a": ' + b"[" * depth + b"]" * depth + b"}}"
-        for below in (0, 30, 300):
-            with contextlib.suppress(ValueError):
-                json.dumps(deep(below, lambda content=content: endpoint._parse(content, KEY)))
+    for depth in (50, 99, 101, *range(300, 1000, 10), 100_000):
+        with contextlib.suppress(ValueError):
+            written(endpoint._parse(b'{"choices": [], "usage": {"a": ' + b"[" * depth + b"]" * depth + b"}}", KEY))
 
 
 @pytest.mark.parametrize("usage", [{"prompt_tokens": 10 ** 400, "completion_tokens": 1}, {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 10 ** 4000},
