@@ -196,7 +196,7 @@ def run_classify(args):
             bench.notes.append(f"{outside} labels left out that are none of {', '.join(map(str, sorted(offered)))}")
         studies = [study for study in studies if study.labels]
     if not studies:
-        raise ValueError(f"{bench.name}: no study has both labels and images; {'; '.join(missing[:3])}")
+        raise ValueError("; ".join([f"{bench.name}: no study has both labels and images", *missing[:3]]))
     if twice := {"label prior", "majority class", "vote of the teachers", "always no", *data.teacher_names(studies)} & set(folders):
         raise ValueError(f"--student {min(twice)}: names another row of the table, expected a name of its own")
     failed, ours = {}, {}
@@ -233,7 +233,7 @@ def run_reports(args):
         bench = benchmarks.Benchmark(args.studies, data.CHEST, args.images, studies)
     studies, missing = benchmarks.with_images(bench).studies, bench.missing
     if not studies:
-        raise ValueError(f"{bench.name}: no study has both a report and its image; {'; '.join(missing[:3])}")
+        raise ValueError("; ".join([f"{bench.name}: no study has both a report and its image", *missing[:3]]))
     before, settings, parts = results.begin(args, folders.values(), [bench])
     if before:
         return results.end(args, before, known=True)

@@ -484,7 +484,7 @@ OWN_REPORTS = f"evaluate.py reports --studies studies.jsonl {EVALUATE} --output 
 add("evaluate.py reports --studies", OWN_REPORTS, {
             "a label of the chest's": ({}, "studies.jsonl:1: \"labels\": unknown finding 'Effusion', expected one of Atelectasis, ..."),
             "no report": ({"studies.jsonl": [record("a", labels=None, report=None)]},
-                          "studies.jsonl: no study has both a report and its image; ..."),
+                          "studies.jsonl: no study has both a report and its image"),
             "images, truncated": ({"studies.jsonl": [record("a", labels=None)], "film.png": truncated},
                                   "no image could be read, the first: {here}/film.png: not a readable image: ..."),
             "no image": ({"studies.jsonl": [record("a", labels=None)], "film.png": None},
@@ -652,8 +652,8 @@ add("tools/prepare_mimic.py", f"{MIMIC_FLAGS} --keep_ms_cxr_t", {
     "a patient in two splits": ({**PREPARED, SPLIT_CSV: edit("50000001,10000032,train", "50000001,10000032,test")},
                                 f"{SPLIT_CSV}:...: subject 10000032 is in t... and in t..., expected one split for each patient"),
     "too large a sample": ("--sample 99", PREPARED, "--sample 99: expected at most the 3 training studies that are left"),
-    "films that are not there": (PREPARED | {"in/files": shutil.rmtree}, "5 of 5 films are missing, the first in/files/p10/...jpg; fetch them, or leave "
-                                 "their studies out with --skip_missing"),
+    "films that are not there": (PREPARED | {"in/files": shutil.rmtree}, "5 of 5 films are missing, the first in/files/p10/...jpg; "
+                                                                         "fetch them, or leave their studies out with --skip_missing"),
     "no film at all": ("--skip_missing", PREPARED | {"in/files": shutil.rmtree},
                        "in: no study is left, expected films of train, validate, test below files/"),
     "no report": ("--reports empty", {**PREPARED, "empty/x": ""}, "--reports empty: holds none of the 5 reports, expected "
@@ -772,7 +772,8 @@ add("metrics", "metrics hyp.json ref.json", {
     "a damaged table": ("--meteor own", PAIR | {"own": test_meteor.write_folder, "own/data/paraphrase-en.gz": b"x"},
                         "own/data/paraphrase-en.gz is damaged: Not a gzipped file (b'x')"),
 })
-add("metrics", "metrics hyp.txt ref.txt", {"other lines": ({"hyp.txt": "x\ny\n", "ref.txt": "x\n"}, "hyp.txt has 2 lines, ref.txt has 1, expected line i against line i")})
+add("metrics", "metrics hyp.txt ref.txt", {"other lines": ({"hyp.txt": "x\ny\n", "ref.txt": "x\n"},
+                                                           "hyp.txt has 2 lines, ref.txt has 1, expected line i against line i")})
 CASES["metrics: a text beside JSON"] = Case("metrics hyp.txt ref.json", "hyp.txt and ref.json: either both are .json or both are text", PAIR)
 
 # ---------------------------------------------------------------------------------------------------------------- images
