@@ -14,6 +14,7 @@ import contextlib
 import fcntl
 import hashlib
 import json
+import math
 import os
 import platform
 import shutil
@@ -269,10 +270,13 @@ class Log:
             self.flops = [a + b for a, b in zip(self.flops, students.batch_flops(model, batch, train, checkpointing))]
 
     def reduce(self, stop=False):
-        """-> ({name: (sum, count)} of this step over all ranks, whether any rank was asked to stop)."""
+        """-> ({name: (sum, count)} of this step over all ranks, whether any rank was asked to stop). All ranks raise FloatingPointError
+        together where a sum is not finite: a loss can be that while its gradients are finite."""
         self.now[-1, 0] = float(stop)
         total = training.all_reduce(self.now.to(self.device)).cpu()
         step = {name: (float(s), float(c)) for name, (s, c) in zip(self.names, total.tolist())}
+        if wrong := [name for name, (s, _) in step.items() if not math.isfinite(s)]:
+            raise FloatingPointError(f"{wrong[0]} of the step is {step[wrong[0]][0]}; nothing was updated. The studies are named above")
         for name, (s, c) in step.items():
             self.sums[name] = [self.sums[name][0] + s, self.sums[name][1] + c]
         self.begin_step()

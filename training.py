@@ -6,6 +6,7 @@ micro-batch, rank), the learning rate is computed from the step. So a run that w
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import hashlib
 import math
@@ -306,11 +307,18 @@ class _Items:
         return self.encode(*key)
 
 
+def _in_worker(_):
+    """A worker leaves SIGTERM to its main process, by a group of its own (torchrun signals groups): the main process must be able to end it
+    by SIGTERM, or an error there would wait for it for ever. And it ends when that is killed: until then it holds the run's lock and sockets."""
+    os.setpgid(0, 0)
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
 def loader(encode, batches, num_workers=0):
-    """Iterates over `batches`, each key passed to encode(*key). Workers leave SIGTERM to the main process, and the loader has its
-    own generator, since iter(DataLoader) would otherwise draw from the global one."""
+    """Iterates over `batches`, each key passed to encode(*key), with a generator of its own: iter(DataLoader) draws from the global one."""
     return torch.utils.data.DataLoader(_Items(encode), batch_sampler=batches, collate_fn=list, num_workers=num_workers,
-                                       worker_init_fn=lambda _: signal.signal(signal.SIGTERM, signal.SIG_IGN), generator=torch.Generator())
+                                       worker_init_fn=_in_worker, generator=torch.Generator())
 
 
 def seed_step(seed, step, micro):
@@ -413,9 +421,9 @@ def make_optimizer(parameters, args, shard):
 
 
 def report_non_finite(loss, ids):
-    """Names the studies of a micro-batch whose loss is NaN or infinite; `update` then stops all ranks."""
+    """Names the studies of a micro-batch whose loss is NaN or infinite; all ranks then stop before the step, in Log.reduce or `update`."""
     if not torch.isfinite(loss):
-        print(f"rank {rank()}: loss {float(loss)} on studies {', '.join(ids)}", file=sys.stderr, flush=True)
+        print(f"rank {rank()}: loss {loss.item()} on studies {', '.join(ids)}", file=sys.stderr, flush=True)
 
 
 def update(parameters, optimizer, learning_rate, max_grad_norm):

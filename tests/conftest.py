@@ -1,5 +1,6 @@
 """A tiny world and a tiny random student of the real class, made once a session; nothing is downloaded."""
 
+import json
 import os
 import subprocess
 import sys
@@ -19,6 +20,14 @@ import student  # noqa: E402
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
+
+
+def write_positives(file, studies):
+    """t+ without a sampler: a teacher's text and a word."""
+    with open(file, "w") as out:
+        for i, study in enumerate(studies):
+            out.write(json.dumps({"id": study.id, "t_plus": list(study.trajectories.values())[i % 7] + " overall."}) + "\n")
+    return file
 
 
 @pytest.fixture(scope="session")
@@ -46,6 +55,12 @@ def base(tmp_path_factory, studies):
     model, tokenizer = demo.build_student(0, [text for study in studies for text in study.trajectories.values()])
     demo.save_student(folder, model, tokenizer)
     return folder
+
+
+@pytest.fixture(scope="session")
+def positives(tmp_path_factory, studies):
+    """For 23 of the 24 training studies, so that ranks and batches come out uneven."""
+    return write_positives(tmp_path_factory.mktemp("positives") / "positives.jsonl", [s for s in studies if s.split == "train"][1:])
 
 
 @pytest.fixture

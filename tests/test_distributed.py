@@ -31,17 +31,6 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture(scope="module")
-def positives(tmp_path_factory, world, task, studies):
-    """t+ without a sampler, a teacher's text and a word; for 23 of the 24 training studies, so that ranks and batches come out uneven."""
-    folder = tmp_path_factory.mktemp("positives")
-    with open(folder / "positives.jsonl", "w") as file:
-        for i, study in enumerate([s for s in studies if s.split == "train"][1:]):
-            text = list(study.trajectories.values())[i % 7]
-            file.write(json.dumps({"id": study.id, "t_plus": text + " overall."}) + "\n")
-    return folder / "positives.jsonl"
-
-
 @pytest.fixture
 def stage(script, run_flags, world, positives):
     def run(name, out, *flags, ranks=1, expect=0):
