@@ -172,18 +172,29 @@ def folder(tmp_path_factory):
 
 @fuzz
 @given(content=mutated(*STUDIES, POSITIVES))
-@example(content=b"".join(b'{"id": ' + b"[" * depth + b"]" * depth + b"}\n" for depth in range(300, 1000, 20)))  # read, but not written again
 def test_json_lines(folder, content):
     path = folder / "lines.jsonl"
 
-    def write(rows, below=40):  # whoever writes a record is called from further down than who read it
-        return write(rows, below - 1) if below else b"".join(map(records.line_of, rows))
-
     def shape(found):
-        assert all(type(number) is int and isinstance(record, dict) for number, record in found)
-        assert [json.loads(line) for line in write([record for _, record in found]).split(b"\n")[:-1]] == [record for _, record in found]
+        for number, record in found:
+            assert type(number) is int and isinstance(record, dict)
+            is_json(record)
 
     holds(path, content, lambda: list(records.read_jsonl(path)), shape, rf"^{re.escape(str(path))}:\d+: ")
+
+
+def test_what_is_read_can_be_written_by_who_is_called_from_further_down():
+    """Where Python gives up on nested JSON depends on the depth of the call."""
+    def write(record, below=60):
+        return write(record, below - 1) if below else records.line_of(record)
+
+    for depth in (1, 50, 99, 101, *range(300, 1000, 10), 100_000):
+        line = b'{"id": ' + b"[" * depth + b"]" * depth + b"}\n"
+        if depth < 100:
+            assert write(records.parse_line(line)) == line
+        else:
+            with pytest.raises(ValueError, match="not a JSON object in UTF-8: (nested deeper than 100|maximum recursion)"):
+                write(records.parse_line(line))
 
 
 @pytest.mark.parametrize("task", [data.CHEST, TWO], ids=["chest", "two"])
@@ -249,7 +260,6 @@ def test_what_check_prints_obeys_nobody(folder, name, printed):
 @given(content=mutated(json.dumps(GOOD_TASK).encode()))
 @example(content=json.dumps({**GOOD_TASK, "name": ["x"]}).encode())
 @example(content=json.dumps({**GOOD_TASK, "findings": {"\x1b[2J": ["edema"]}}).encode())
-@example(content=json.dumps(GOOD_TASK).replace('"mild": [', '"mild": ["severe {finding}"], "mild": [').encode())  # of two keys one would be lost
 def test_task_files(folder, content):
     path = folder / "task.json"
 
@@ -421,17 +431,36 @@ def test_the_tables_of_mimic(tmp_path, name):
 
     @fuzz
     @given(content=mutated(path.read_bytes()))
-    @example(content=path.read_bytes().replace(b"a-pa", b'"a-pa\n../../x"'))  # would be a line of its own in the list of films to fetch
     def run(content):
         holds(path, content, lambda: (prepare_mimic.films(tmp_path / "x"), prepare_mimic.labels(tmp_path / "x", "chexpert")), shape)
 
     run()
-    (tmp_path / "p10").mkdir()
-    (tmp_path / "p10" / "p10000032").mkdir()
+    (tmp_path / "p10" / "p10000032").mkdir(parents=True)
     report = tmp_path / "p10" / "p10000032" / "s1.txt"
     report.write_bytes(b" FINDINGS:\n r\xf6ntgen\n")
     with pytest.raises(ValueError, match="s1.txt: no text in UTF-8"):
         prepare_mimic.read_report(tmp_path, "10000032", "1", "findings")
+
+
+@pytest.mark.parametrize("dicom", ["a\nhttp://127.0.0.1/x", "../../x", "/etc/x", "a b", "\x1b[2J"])
+def test_a_film_of_mimic_is_no_path_and_no_line_of_the_list_to_fetch(tmp_path, dicom):
+    write_mimic(tmp_path / "x")
+    for name in ("metadata", "split"):
+        path = tmp_path / "x" / f"mimic-cxr-2.0.0-{name}.csv"
+        path.write_text(path.read_text().replace("a-pa", f'"{dicom}"'))
+    with pytest.raises(ValueError, match=r"split.csv:\d: dicom_id '.*', expected letters, digits and hyphens"):
+        prepare_mimic.films(tmp_path / "x")
+
+
+@pytest.mark.parametrize("read", [records.read_json, lambda path: list(records.read_jsonl(path)), data.load_task, benchmarks.chestx_det10, convert.read_mapping,
+                                  endpoint.read_endpoints, lambda path: paper_tables.collect([path])])
+@pytest.mark.parametrize("content, message", [('{"a": 1, "a": 2}', "the same key twice"), ('[{"a": {"b": NaN}}]', "NaN is not JSON"),
+                                              ('{"a": "\\ud800"}', "surrogate")])
+def test_no_json_reader_guesses(tmp_path, read, content, message):
+    path = tmp_path / "test.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}:.*{message}"):
+        read(tmp_path if read is benchmarks.chestx_det10 else path)
 
 
 # ------------------------------------------------------------------------------------------------- files from elsewhere
@@ -502,7 +531,8 @@ LADDER = {"cells": [{"world": "w", "row": "SPD", "seed": 0, **dict.fromkeys(("gr
 @fuzz
 @given(content=mutated(*(json.dumps(content).encode() for content in (*RESULTS, LADDER))))
 @example(content=b"[]")
-@example(content=b'{"settings": {"command": "reports"}, "rows": {"\\u001b[2J": {"BLEU-1": "x"}}}')
+@example(content=b'{"settings": {"command": "reports"}, "rows": {"\\u001b[2J": {"BLEU-1": 0.5}}}')
+@example(content=b'{"settings": {"command": "reports"}, "rows": {"a": {"BLEU-1": "x"}}}')
 @example(content=b'{"settings": {"command": "classify"}, "rows": {"a": {}}}')
 @example(content=b'{"settings": {"command": "reports"}, "rows": {"a": {"BLEU-1": 1' + b"0" * 400 + b"}}}")
 def test_results_in_the_papers_tables(folder, content):
@@ -627,10 +657,10 @@ REPEATED = [" ", "\n", "a", "1", "_", ".", "!", "-", "*", "#", '"', "'", "(", "[
 
 
 def test_no_expression_of_the_project_takes_more_than_linear_time():
-    """100,000 characters, each of whose beginnings a backtracking search might go through: quadratic would be minutes."""
+    """50,000 characters, at each of which a search might begin and go through all the rest."""
     found = patterns()
     assert len(found) > 40 and {"selfdistill.QUOTES_A_READER[0]", "benchmarks.HEADER[0]", "metrics.findings._PHRASE[0]"} <= set(found)
-    texts = [piece * (50_000 // len(piece)) + end for piece in REPEATED for end in ("", "|")]
+    texts = [piece * (50_000 // len(piece)) + "|" for piece in REPEATED]
     for name, expression in found.items():
         search = expression.fullmatch if any(part in name for part in FULLMATCHED) else lambda said, e=expression: sum(1 for _ in e.finditer(said))
         for said in texts:
@@ -638,19 +668,19 @@ def test_no_expression_of_the_project_takes_more_than_linear_time():
                 search(said)
 
 
-LONG = ["!", '!"', "?!", "effusion (\r\n", "effusion ", "better ", "a a ", "1. ", "\n A (", "reader ", "\n FINDINGS: ", "___", "edema no "]
+LONG = ["!", '!"', "?!", "effusion (\r\n", "better ", "\n A (", "reader ", "\n FINDINGS: ", "edema no "]
 
 
 @pytest.mark.parametrize("piece", LONG)
-def test_100_kb_of_one_thing_are_read_cleaned_and_cut(piece):
-    said = piece * (100_000 // len(piece)) + "|"
+def test_50_kb_of_one_thing_are_read_cleaned_and_cut(piece):
+    said = piece * (50_000 // len(piece)) + "|"
     for read in (lambda: findings.read_findings(said), lambda: selfdistill.fault(said, "stop", data.CHEST), lambda: text.clean_r2gen(said),
                  lambda: benchmarks.report_sections(said), lambda: data.read_classes(said, benchmarks.PROGRESSION), lambda: data.read_classes(said, TWO)):
-        with within(6):
+        with within(4):
             read()
 
 
-def test_100_kb_of_one_thing_are_normalised(scorer):
+def test_50_kb_of_one_thing_are_normalised(scorer):
     for piece in REPEATED:
         with within(3):
             meteor.stem.__wrapped__((piece.strip() or "a") * (20_000 // len(piece)))

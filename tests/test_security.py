@@ -44,6 +44,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors import SafetensorError
 from test_benchmarks import write_chestx_det10, write_chestx_ray14, write_chexpert, write_open_i
 from test_data import INJECTION
 from test_fuzz import within
@@ -367,9 +368,9 @@ def test_nothing_in_a_checkpoint_is_unpickled(tmp_path, flag, kind):
         (step / name).write_bytes(pickles(flag)[kind])
     sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in step.iterdir()}
     (step / "manifest.json").write_text(json.dumps({"step": 7, "sha256": sums, "log": {}}))
-    with pytest.raises(Exception):  # noqa: B017, safetensors has an error of its own
-        path, _ = checkpoint.newest_checkpoint(tmp_path)
-        weight = torch.nn.Parameter(torch.zeros(2))
+    path, weight = checkpoint.newest_checkpoint(tmp_path)[0], torch.nn.Parameter(torch.zeros(2))
+    assert path == step
+    with pytest.raises(SafetensorError):
         checkpoint.load_checkpoint(path, {"model.embed": weight}, torch.optim.AdamW([weight]))
 
 
