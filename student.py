@@ -28,6 +28,8 @@ from transformers.generation import LogitsProcessor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from records import read_json
+
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all linear layers of the decoder
 TRAINABLE = ("lora", "merger", "decoder", "vision")
 LM_HEAD_CHUNK = 512  # rows of fp32 logits alive at a time
@@ -45,8 +47,12 @@ def require_family(path):
 
 
 def load(path, dtype=torch.float32, device="cpu"):
-    """A Qwen2.5-VL of any size from a folder or a hub id (safetensors only, no remote code), in eval mode. Raises ValueError for other families."""
+    """A Qwen2.5-VL of any size from a folder or a hub id (safetensors only, no remote code), in eval mode. Raises ValueError for other families
+    and for a folder whose weights are anything else."""
     require_family(path)
+    index = Path(path) / "model.safetensors.index.json"
+    if index.exists() and not all(str(file).endswith(".safetensors") for file in read_json(index)["weight_map"].values()):
+        raise ValueError(f"{index}: expected .safetensors files only")  # transformers would unpickle what it names, if only as plain tensors
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
     embed = model.model.visual.patch_embed
     # patches do not overlap, so the convolution is a matrix product; Conv3d is several times slower, on CPU and in bf16
