@@ -44,15 +44,14 @@ def require_family(path):
             "these would have to be true: data.Encoder writes its chat format and image tokens; student.pack takes its positions from the model "
             "and lets branches restart behind the prefix; its attention takes a 4-D mask; set_trainable finds its decoder, its vision tower and "
             "what joins them. tests/test_packed.py then says whether the packed step is still exact")
+    index = Path(path) / "model.safetensors.index.json"
+    if index.exists() and not all(str(file).endswith(".safetensors") for file in read_json(index)["weight_map"].values()):
+        raise ValueError(f"{index}: expected .safetensors files only")  # transformers would unpickle what else it names, if with care
 
 
 def load(path, dtype=torch.float32, device="cpu"):
-    """A Qwen2.5-VL of any size from a folder or a hub id (safetensors only, no remote code), in eval mode. Raises ValueError for other families
-    and for a folder whose weights are anything else."""
+    """A Qwen2.5-VL of any size from a folder or a hub id (safetensors only, no remote code), in eval mode. Raises ValueError for other families."""
     require_family(path)
-    index = Path(path) / "model.safetensors.index.json"
-    if index.exists() and not all(str(file).endswith(".safetensors") for file in read_json(index)["weight_map"].values()):
-        raise ValueError(f"{index}: expected .safetensors files only")  # transformers would unpickle what it names, if only as plain tensors
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
     embed = model.model.visual.patch_embed
     # patches do not overlap, so the convolution is a matrix product; Conv3d is several times slower, on CPU and in bf16
