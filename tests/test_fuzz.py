@@ -69,7 +69,7 @@ def test_what_hangs_is_found():
 # ------------------------------------------------------------------------------------------------------------- mutations
 
 ODD = [b"\0", b"\xef\xbb\xbf", b'"\\ud800"', b"\\udfff", b"1" * 5000, b"NaN", b"-Infinity", b"1e999", b"[" * 100_000, b'{"a":' * 3000,
-       b"[" * 900+b"]" * 900, "\u2028".encode(), b"\r", b"\r\n", b"\n", b'"', b"'", b",", b":", b"\\", b"\xff", b"\xc3", b"\x1b[2J", b"../", b"/",
+       b"[" * 900 + b"]" * 900, "\u2028".encode(), b"\r", b"\r\n", b"\n", b'"', b"'", b",", b":", b"\\", b"\xff", b"\xc3", b"\x1b[2J", b"../", b"/",
        b"null", b"true", b"{}", b"[]", b'""', b"-0.0", b"0" * 30, "\u00b2".encode(), "\u0663".encode(), "\u202e".encode(), b"<", b"&", b"]]>",
        b"<!--", b"&#27;", b" " * 3000, b"{finding}", b"*", b"(", b"a" * 140_000, "x.png".encode("utf-16")]
 VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
