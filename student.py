@@ -29,6 +29,8 @@ from transformers.generation import LogitsProcessor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from records import read_json
+
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all linear layers of the decoder
 TRAINABLE = ("lora", "merger", "decoder", "vision")
 LM_HEAD_CHUNK = 512  # rows of fp32 logits alive at a time
@@ -46,6 +48,9 @@ def require_family(path):
             "these would have to be true: data.Encoder writes its chat format and image tokens; student.pack takes its positions from the model "
             "and lets branches restart behind the prefix; its attention takes a 4-D mask; set_trainable finds its decoder, its vision tower and "
             "what joins them. tests/test_packed.py then says whether the packed step is still exact")
+    index = Path(path) / "model.safetensors.index.json"
+    if index.exists() and not all(str(file).endswith(".safetensors") for file in read_json(index)["weight_map"].values()):
+        raise ValueError(f"{index}: expected .safetensors files only")  # transformers would unpickle what else it names, if with care
 
 
 def load(path, dtype=torch.float32, device="cpu"):

@@ -70,8 +70,8 @@ def test_what_hangs_is_found():
 
 ODD = [b"\0", b"\xef\xbb\xbf", b'"\\ud800"', b"\\udfff", b"1" * 5000, b"NaN", b"-Infinity", b"1e999", b"[" * 100_000, b'{"a":' * 3000,
        b"[" * 900 + b"]" * 900, "\u2028".encode(), b"\r", b"\r\n", b"\n", b'"', b"'", b",", b":", b"\\", b"\xff", b"\xc3", b"\x1b[2J", b"../", b"/",
-       b"null", b"true", b"{}", b"[]", b'""', b"-0.0", b"0" * 30, "\u00b2".encode(), "\u0663".encode(), "\u202e".encode(), b"<", b"&", b"]]>", b"<!--",
-       b"&#27;", b" " * 3000, b"{finding}", b"*", b"(", b"a" * 140_000, "x.png".encode("utf-16")]
+       b"null", b"true", b"{}", b"[]", b'""', b"-0.0", b"0" * 30, "\u00b2".encode(), "\u0663".encode(), "\u202e".encode(), b"<", b"&", b"]]>",
+       b"<!--", b"&#27;", b" " * 3000, b"{finding}", b"*", b"(", b"a" * 140_000, "x.png".encode("utf-16")]
 VALUES = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8)
                       | st.sampled_from([10 ** 400, 1e308, "1", "\x1b[2J", "../x", "\ud800", "\u00b2", "a" * 5000, {"": 0}, [[]], ["x.png"]]),
                       lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3), max_leaves=5)
@@ -172,18 +172,29 @@ def folder(tmp_path_factory):
 
 @fuzz
 @given(content=mutated(*STUDIES, POSITIVES))
-@example(content=b"".join(b'{"id": ' + b"[" * depth + b"]" * depth + b"}\n" for depth in range(300, 1000, 20)))  # read, but not written again
 def test_json_lines(folder, content):
     path = folder / "lines.jsonl"
 
-    def write(rows, below=40):  # whoever writes a record is called from further down than who read it
-        return write(rows, below - 1) if below else b"".join(map(records.line_of, rows))
-
     def shape(found):
-        assert all(type(number) is int and isinstance(record, dict) for number, record in found)
-        assert [json.loads(line) for line in write([record for _, record in found]).split(b"\n")[:-1]] == [record for _, record in found]
+        for number, record in found:
+            assert type(number) is int and isinstance(record, dict)
+            is_json(record)
 
     holds(path, content, lambda: list(records.read_jsonl(path)), shape, rf"^{re.escape(str(path))}:\d+: ")
+
+
+def test_what_is_read_can_be_written_by_who_is_called_from_further_down():
+    """Where Python gives up on nested JSON depends on the depth of the call."""
+    def write(record, below=60):
+        return write(record, below - 1) if below else records.line_of(record)
+
+    for depth in (1, 50, 99, 101, *range(300, 1000, 10), 100_000):
+        line = b'{"id": ' + b"[" * depth + b"]" * depth + b"}\n"
+        if depth < 100:
+            assert write(records.parse_line(line)) == line
+        else:
+            with pytest.raises(ValueError, match="not a JSON object in UTF-8: (nested deeper than 100|maximum recursion)"):
+                write(records.parse_line(line))
 
 
 @pytest.mark.parametrize("task", [data.CHEST, TWO], ids=["chest", "two"])
@@ -249,7 +260,6 @@ def test_what_check_prints_obeys_nobody(folder, name, printed):
 @given(content=mutated(json.dumps(GOOD_TASK).encode()))
 @example(content=json.dumps({**GOOD_TASK, "name": ["x"]}).encode())
 @example(content=json.dumps({**GOOD_TASK, "findings": {"\x1b[2J": ["edema"]}}).encode())
-@example(content=json.dumps(GOOD_TASK).replace('"mild": [', '"mild": ["severe {finding}"], "mild": [').encode())  # of two keys one would be lost
 def test_task_files(folder, content):
     path = folder / "task.json"
 
@@ -384,7 +394,8 @@ def test_a_fault_that_was_found_stays_an_error_that_names_its_file(tmp_path, cas
         read(tmp_path / "x")
 
 
-@pytest.mark.parametrize("damage", [lambda c: c[:len(c) // 2], lambda c: c[:-6] + b"\0" * 6, lambda c: b"no gzip", lambda c: c[:20] + b"\xff" * 9 + c[29:]])
+@pytest.mark.parametrize("damage", [lambda c: c[:len(c) // 2], lambda c: c[:-6] + b"\0" * 6, lambda c: b"no gzip",
+                                    lambda c: c[:20] + b"\xff" * 9 + c[29:]])
 def test_a_damaged_gz_is_an_error_that_names_its_file(tmp_path, damage):
     path = tmp_path / "x.csv.gz"
     path.write_bytes(damage(gzip.compress(b"a,b\n" + b"".join(b"%d,2\n" % i for i in range(2000)))))
@@ -403,9 +414,11 @@ def test_tables(folder, content):
 def write_mimic(root):
     """The three tables of MIMIC-CXR-JPG."""
     root.mkdir()
-    (root / "mimic-cxr-2.0.0-metadata.csv").write_text("dicom_id,subject_id,study_id,ViewPosition\na-pa,10000032,50000001,PA\nb-ap,11000011,50000004.0,AP\n")
-    (root / "mimic-cxr-2.0.0-split.csv").write_text("dicom_id,study_id,subject_id,split\na-pa,50000001,10000032,train\nb-ap,50000004,11000011.0,test\n")
-    (root / "mimic-cxr-2.0.0-chexpert.csv").write_text(f"subject_id,study_id,{','.join(data.CHEST.findings)}\n10000032,50000001{',1.0' * 14}\n11000011,50000004{',' * 14}\n")
+    for name, *rows in (("metadata", "dicom_id,subject_id,study_id,ViewPosition", "a-pa,10000032,50000001,PA", "b-ap,11000011,50000004.0,AP"),
+                        ("split", "dicom_id,study_id,subject_id,split", "a-pa,50000001,10000032,train", "b-ap,50000004,11000011.0,test"),
+                        ("chexpert", f"subject_id,study_id,{','.join(data.CHEST.findings)}", f"10000032,50000001{',1.0' * 14}",
+                         f"11000011,50000004{',' * 14}")):
+        (root / f"mimic-cxr-2.0.0-{name}.csv").write_text("\n".join(rows) + "\n")
 
 
 @pytest.mark.parametrize("name", ["metadata", "split", "chexpert"])
@@ -421,17 +434,36 @@ def test_the_tables_of_mimic(tmp_path, name):
 
     @fuzz
     @given(content=mutated(path.read_bytes()))
-    @example(content=path.read_bytes().replace(b"a-pa", b'"a-pa\n../../x"'))  # would be a line of its own in the list of films to fetch
     def run(content):
         holds(path, content, lambda: (prepare_mimic.films(tmp_path / "x"), prepare_mimic.labels(tmp_path / "x", "chexpert")), shape)
 
     run()
-    (tmp_path / "p10").mkdir()
-    (tmp_path / "p10" / "p10000032").mkdir()
+    (tmp_path / "p10" / "p10000032").mkdir(parents=True)
     report = tmp_path / "p10" / "p10000032" / "s1.txt"
     report.write_bytes(b" FINDINGS:\n r\xf6ntgen\n")
     with pytest.raises(ValueError, match="s1.txt: no text in UTF-8"):
         prepare_mimic.read_report(tmp_path, "10000032", "1", "findings")
+
+
+@pytest.mark.parametrize("dicom", ["a\nhttp://127.0.0.1/x", "../../x", "/etc/x", "a b", "\x1b[2J"])
+def test_a_film_of_mimic_is_no_path_and_no_line_of_the_list_to_fetch(tmp_path, dicom):
+    write_mimic(tmp_path / "x")
+    for name in ("metadata", "split"):
+        path = tmp_path / "x" / f"mimic-cxr-2.0.0-{name}.csv"
+        path.write_text(path.read_text().replace("a-pa", f'"{dicom}"'))
+    with pytest.raises(ValueError, match=r"split.csv:\d: dicom_id '.*', expected letters, digits and hyphens"):
+        prepare_mimic.films(tmp_path / "x")
+
+
+@pytest.mark.parametrize("read", [records.read_json, lambda path: list(records.read_jsonl(path)), data.load_task, benchmarks.chestx_det10,
+                                  convert.read_mapping, endpoint.read_endpoints, lambda path: paper_tables.collect([path])])
+@pytest.mark.parametrize("content, message", [('{"a": 1, "a": 2}', "the same key twice"), ('[{"a": {"b": NaN}}]', "NaN is not JSON"),
+                                              ('{"a": "\\ud800"}', "surrogate")])
+def test_no_json_reader_guesses(tmp_path, read, content, message):
+    path = tmp_path / "test.json"
+    path.write_text(content)
+    with pytest.raises(ValueError, match=f"{re.escape(str(path))}:.*{message}"):
+        read(tmp_path if read is benchmarks.chestx_det10 else path)
 
 
 # ------------------------------------------------------------------------------------------------- files from elsewhere
@@ -491,18 +523,21 @@ def test_endpoints(folder, content):
 
 
 SCORE = {"accuracy": dict.fromkeys(paper_tables.FIVE, 0.5), "mean": 0.5, "unread": 0.0, "agreement_with_vote": 0.5, "n": {}}
-RESULTS = [{"settings": {"command": "classify", "task": None, "studies": "x/studies.jsonl"}, "rows": {"gpt-5": SCORE, "SPD, all teachers": {"greedy": SCORE}}},
+RESULTS = [{"settings": {"command": "classify", "task": None, "studies": "x/studies.jsonl"},
+            "rows": {"gpt-5": SCORE, "SPD, all teachers": {"greedy": SCORE}}},
            {"settings": {"command": "classify", "task": "presence", "studies": None}, "rows": {"S": {"options": SCORE}}},
            {"settings": {"command": "reports"}, "rows": {"S": dict.fromkeys(paper_tables.TEXT_METRICS, 0.1)}},
            {"settings": {"command": "zeroshot"}, "rows": {"S": {"Open-I": {"macro": 0.7}}}}]
-LADDER = {"cells": [{"world": "w", "row": "SPD", "seed": 0, **dict.fromkeys(("greedy", "voiced", "sampled"), SCORE)}], "experiment": {"split": "test"},
+LADDER = {"cells": [{"world": "w", "row": "SPD", "seed": 0, **dict.fromkeys(("greedy", "voiced", "sampled"), SCORE)}],
+          "experiment": {"split": "test"},
           "claims": [{"claim": "c", "mode": "greedy", "world": "w", "mean": 0.1, "low": 0.0, "high": 0.2, "paper": None}]}
 
 
 @fuzz
 @given(content=mutated(*(json.dumps(content).encode() for content in (*RESULTS, LADDER))))
 @example(content=b"[]")
-@example(content=b'{"settings": {"command": "reports"}, "rows": {"\\u001b[2J": {"BLEU-1": "x"}}}')
+@example(content=b'{"settings": {"command": "reports"}, "rows": {"\\u001b[2J": {"BLEU-1": 0.5}}}')
+@example(content=b'{"settings": {"command": "reports"}, "rows": {"a": {"BLEU-1": "x"}}}')
 @example(content=b'{"settings": {"command": "classify"}, "rows": {"a": {}}}')
 @example(content=b'{"settings": {"command": "reports"}, "rows": {"a": {"BLEU-1": 1' + b"0" * 400 + b"}}}")
 def test_results_in_the_papers_tables(folder, content):
@@ -533,11 +568,12 @@ def test_texts_to_be_scored(folder, content, suffix):
 
 # ---------------------------------------------------------------------------------------------------------------- texts
 
-PIECES = ["no ", "No ", "edema", "effusion", "pneumothorax ", "heart ", "enlarged", "is ", "are ", "cannot be ", "excluded", "may ", "or ", "and ", "but ",
-          ", ", ". ", ": ", "; ", "? ", "! ", "\n", "\n\n", "\r\n", " ", "- ", "* ", "**", "#", "| ", "(", ")", "1. ", "2. ", '"', "'", "```json\n", "```",
-          '{"edema": ', "true", "}", "[", "]", "FINDINGS: ", "IMPRESSION:", "\n IMPRESSION: ", "\n FINDINGS: \n", "\n \n", "left: ", "right: ", "yes", "Yes.",
-          "As an AI, ", "I cannot ", "the reader ", "reader 2 ", "description 3 ", "history of ", "normal", "clear", "___", "...", "\u2028", "\x85", "\u00e9",
-          "\u0130", "\U0001f600", "\u200b", "\ud800", "\x00", "<|im_end|>", "effusion is a ", "not significant ", "n't ", "\u2713", "\u2014", "0.5", "10%"]
+PIECES = ["no ", "No ", "edema", "effusion", "pneumothorax ", "heart ", "enlarged", "is ", "are ", "cannot be ", "excluded", "may ", "or ", "and ",
+          "but ", ", ", ". ", ": ", "; ", "? ", "! ", "\n", "\n\n", "\r\n", " ", "- ", "* ", "**", "#", "| ", "(", ")", "1. ", "2. ", '"', "'",
+          "```json\n", "```", '{"edema": ', "true", "}", "[", "]", "FINDINGS: ", "IMPRESSION:", "\n IMPRESSION: ", "\n FINDINGS: \n", "\n \n",
+          "left: ", "right: ", "yes", "Yes.", "As an AI, ", "I cannot ", "the reader ", "reader 2 ", "description 3 ", "history of ", "normal",
+          "clear", "___", "...", "\u2028", "\x85", "\u00e9", "\u0130", "\U0001f600", "\u200b", "\ud800", "\x00", "<|im_end|>", "effusion is a ",
+          "not significant ", "n't ", "\u2713", "\u2014", "0.5", "10%"]
 TEXTS = st.text(max_size=60) | st.lists(st.sampled_from(PIECES), max_size=25).map("".join)
 
 
@@ -620,37 +656,38 @@ def patterns():
 
 
 FULLMATCHED = ("_NO_ANSWER", "NAMES_A_KEY")  # never searched for
-REPEATED = [" ", "\n", "a", "1", "_", ".", "!", "-", "*", "#", '"', "'", "(", "[", ":", ",", "A", "\n ", "\n A", "\n A (", "a ", "no ", "! ", '!"', ". ", "1. ",
-            "not significant ", "cannot be ", "collapse of the ", "collapse of a ", "signs of a ", "when a ", "is a ", "effusion (", " (a", "left: ",
-            "left : a, ", "reader ", "description 1", "report #1 ", "i do not see a ", "a normal chest ", "- ", "1,", "a,,", "''", "\u00e9", "a--", "<|",
-            "\x1b[", "insufficient ", "per "]
+REPEATED = [" ", "\n", "a", "1", "_", ".", "!", "-", "*", "#", '"', "'", "(", "[", ":", ",", "A", "\n ", "\n A", "\n A (", "a ", "no ", "! ", '!"',
+            ". ", "1. ", "not significant ", "cannot be ", "collapse of the ", "collapse of a ", "signs of a ", "when a ", "is a ", "effusion (",
+            " (a", "left: ", "left : a, ", "reader ", "description 1", "report #1 ", "i do not see a ", "a normal chest ", "- ", "1,", "a,,", "''",
+            "\u00e9", "a--", "<|", "\x1b[", "insufficient ", "per "]
 
 
 def test_no_expression_of_the_project_takes_more_than_linear_time():
-    """100,000 characters, each of whose beginnings a backtracking search might go through: quadratic would be minutes."""
+    """30,000 characters, at each of which a search might begin and go through all the rest."""
     found = patterns()
     assert len(found) > 40 and {"selfdistill.QUOTES_A_READER[0]", "benchmarks.HEADER[0]", "metrics.findings._PHRASE[0]"} <= set(found)
-    texts = [piece * (50_000 // len(piece)) + end for piece in REPEATED for end in ("", "|")]
+    texts = [piece * (30_000 // len(piece)) + "|" for piece in REPEATED]
     for name, expression in found.items():
         search = expression.fullmatch if any(part in name for part in FULLMATCHED) else lambda said, e=expression: sum(1 for _ in e.finditer(said))
         for said in texts:
-            with within(3):
+            with within(1.5):
                 search(said)
 
 
-LONG = ["!", '!"', "?!", "effusion (\r\n", "effusion ", "better ", "a a ", "1. ", "\n A (", "reader ", "\n FINDINGS: ", "___", "edema no "]
+LONG = ["!", '!"', "?!", "effusion (\r\n", "better ", "\n A (", "reader ", "\n FINDINGS: ", "edema no "]
 
 
 @pytest.mark.parametrize("piece", LONG)
-def test_100_kb_of_one_thing_are_read_cleaned_and_cut(piece):
-    said = piece * (100_000 // len(piece)) + "|"
+def test_50_kb_of_one_thing_are_read_cleaned_and_cut(piece):
+    said = piece * (50_000 // len(piece)) + "|"
     for read in (lambda: findings.read_findings(said), lambda: selfdistill.fault(said, "stop", data.CHEST), lambda: text.clean_r2gen(said),
-                 lambda: benchmarks.report_sections(said), lambda: data.read_classes(said, benchmarks.PROGRESSION), lambda: data.read_classes(said, TWO)):
-        with within(6):
+                 lambda: benchmarks.report_sections(said), lambda: data.read_classes(said, benchmarks.PROGRESSION),
+                 lambda: data.read_classes(said, TWO)):
+        with within(4):
             read()
 
 
-def test_100_kb_of_one_thing_are_normalised(scorer):
+def test_50_kb_of_one_thing_are_normalised(scorer):
     for piece in REPEATED:
         with within(3):
             meteor.stem.__wrapped__((piece.strip() or "a") * (20_000 // len(piece)))

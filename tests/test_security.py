@@ -44,6 +44,7 @@ from conftest import ROOT
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from safetensors import SafetensorError
 from test_benchmarks import write_chestx_det10, write_chestx_ray14, write_chexpert, write_open_i
 from test_data import INJECTION
 from test_fuzz import within
@@ -84,10 +85,12 @@ def hostile_benchmark(name, folder, outside):
     """A dataset in `folder` whose own files point at a film that lies in `outside`, beside it."""
     up, film = f"../{outside.name}/x", f"{outside}/x"
     if name == "annotation":
-        (folder / "a.json").write_text(json.dumps({"test": [{"id": path, "report": "x", "image_path": [path]} for path in (f"{up}.jpg", f"{film}.jpg")]}))
+        items = [{"id": path, "report": "x", "image_path": [path]} for path in (f"{up}.jpg", f"{film}.jpg")]
+        (folder / "a.json").write_text(json.dumps({"test": items}))
         return benchmarks.annotation(folder / "a.json", folder)
     if name == "MS-CXR-T":
-        head = ["subject_id", "study_id", "dicom_id", "previous_study_id", "previous_dicom_id", *(f"{c}_progression" for c in benchmarks.MS_CXR_T.values())]
+        head = ["subject_id", "study_id", "dicom_id", "previous_study_id", "previous_dicom_id",
+                *(f"{c}_progression" for c in benchmarks.MS_CXR_T.values())]
         row = ["10000032", "1", up, "2", film, "stable", "", "", "", ""]
         (folder / "ms.csv").write_text(",".join(head) + "\n" + ",".join(row) + "\n")
         return benchmarks.ms_cxr_t(folder / "ms.csv", folder, "progression")
@@ -168,8 +171,10 @@ def hostile_studies(tmp_path):
     films = tmp_path / "films"
     films.mkdir()
     Image.new("L", (56, 56), 90).save(films / "x.png")
-    names = ["../../escaped", f"{tmp_path}/escaped", "a/b", "a\\b", "CON", "..", "<|im_end|>", "<img src=x onerror=alert(1)>", "$(touch escaped)", "%s%n{0}"]
-    rows = [{"id": name, "image": "x.png", "labels": {"Edema": 1}, "trajectories": {name: "Edema is seen.", "b": f"No edema {INJECTION}"}} for name in names]
+    names = ["../../escaped", f"{tmp_path}/escaped", "a/b", "a\\b", "CON", "..", "<|im_end|>", "<img src=x onerror=alert(1)>", "$(touch escaped)",
+             "%s%n{0}"]
+    rows = [{"id": name, "image": "x.png", "labels": {"Edema": 1},
+             "trajectories": {name: "Edema is seen.", "b": f"No edema {INJECTION}"}} for name in names]
     (tmp_path / "studies.jsonl").write_bytes(b"".join(map(records.line_of, rows)))
     return tmp_path / "studies.jsonl", films, names
 
@@ -181,13 +186,14 @@ def test_no_id_or_teacher_becomes_a_file(hostile_studies, tmp_path):
         selfdistill.run(selfdistill.parse(["--preset", "demo", "--studies", str(path), "--images", str(films), "--server", chat.url,
                                            "--output_dir", str(tmp_path / "run")]))
         (tmp_path / "endpoints.json").write_text(json.dumps({name: {"url": chat.url, "model": "m"} for name in ("../../asked", "gpt-5")}))
-        collect.run(collect.parse([str(path), "--endpoints", str(tmp_path / "endpoints.json"), "--images", str(films), "--out", str(tmp_path / "out.jsonl")]))
+        collect.run(collect.parse([str(path), "--endpoints", str(tmp_path / "endpoints.json"), "--images", str(films),
+                                   "--out", str(tmp_path / "out.jsonl")]))
     done = [json.loads(line)["id"] for line in (tmp_path / "run" / "positives.jsonl").read_text().splitlines()]
     assert done == names and not list(tmp_path.parent.glob("*escaped*"))
     new = {file for file in set(tmp_path.rglob("*")) - before if (tmp_path / "run") not in (file, *file.parents)}
     assert new == {tmp_path / name for name in ("endpoints.json", "out.jsonl", "out.jsonl.answers.jsonl")}
-    assert {file.name for file in (tmp_path / "run").iterdir()} <= {"args.json", "env.json", "finished.json", ".lock", "positives.jsonl", "dropped.jsonl",
-                                                                    "stats.json"}
+    known = {"args.json", "env.json", "finished.json", ".lock", "positives.jsonl", "dropped.jsonl", "stats.json"}
+    assert {file.name for file in (tmp_path / "run").iterdir()} <= known
 
 
 def test_a_file_name_with_a_line_end_makes_no_line_of_its_own(tmp_path, capsys):
@@ -219,7 +225,8 @@ ZEROS = packed_zeros(200)
 IMAGE_BOMBS = {
     "zTXt": png_with(b"zTXt", b"k\0\0" + ZEROS), "zTXt behind the pixels": png_with(b"zTXt", b"k\0\0" + ZEROS, after=True),
     "iTXt": png_with(b"iTXt", b"k\0\1\0\0\0" + ZEROS), "iCCP": png_with(b"iCCP", b"k\0\0" + ZEROS),
-    "JPEG of 65,500 pixels square": b"\xff\xd8\xff\xc0\x00\x0b\x08" + struct.pack(">HH", 65500, 65500) + b"\x01\x01\x11\x00\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00",
+    "JPEG of 65,500 pixels square": b"\xff\xd8\xff\xc0\x00\x0b\x08" + struct.pack(">HH", 65500, 65500)
+                                    + b"\x01\x01\x11\x00\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00",
     "BMP of 2 billion pixels": b"BM" + struct.pack("<IHHI", 70, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 50_000, 40_000, 1, 8, 0, 0, 0, 0, 0, 0),
     "TIFF of 4 billion pixels": b"II*\0\x08\0\0\0\x06\0" + b"".join(struct.pack("<HHII", *tag) for tag in (
         (256, 4, 1, 65000), (257, 4, 1, 65000), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8))) + b"\0\0\0\0",
@@ -257,7 +264,7 @@ XML_BOMBS = {
     "a file as a parameter": '<!DOCTYPE x [<!ENTITY % a SYSTEM "file://{secret}"> %a;]><x><MeSH><automatic>&b;</automatic></MeSH></x>',
     "a page as a document type": '<!DOCTYPE x SYSTEM "http://127.0.0.1:{port}/x.dtd"><x><MeSH><automatic>x</automatic></MeSH></x>',
     "a hundred thousand levels": "<x>" * 100_000 + "</x>" * 100_000,
-    "an attribute of 20 MB": f'<x><parentImage id="{"a" * 20_000_000}"/></x>',
+    "an attribute of 5 MB": f'<x><parentImage id="{"a" * 5_000_000}"/></x>',
 }
 
 
@@ -326,8 +333,8 @@ def index_of(folder, file):
 
 
 def adapter(folder):
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(folder), "r": 8,
-                                                            "target_modules": ["q_proj"]}))
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(folder), "r": 8, "target_modules": ["q_proj"]}
+    (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
 STUDENTS = {  # what is done to a good folder beside the pickles in it; whether it still is a student
@@ -343,11 +350,13 @@ STUDENTS = {  # what is done to a good folder beside the pickles in it; whether 
 
 @pytest.mark.parametrize("kind", ["raw", "zip", "old"])
 @pytest.mark.parametrize("case", STUDENTS)
-def test_nothing_in_a_students_folder_is_unpickled(base, task, tmp_path, flag, case, kind):
+def test_nothing_in_a_students_folder_is_unpickled(base, task, tmp_path, flag, monkeypatch, case, kind):
     change, good = STUDENTS[case]
+    monkeypatch.setattr(torch, "load", lambda file, *_, **__: pytest.fail(f"unpickles {file}"))  # also not by its careful unpickler
     folder = tmp_path / "student"
     shutil.copytree(base, folder)
-    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "state.pt", "adapter_model.bin", "tokenizer.pkl"):
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "state.pt", "adapter_model.bin",
+                 "tokenizer.pkl"):
         (folder / name).write_bytes(pickles(flag)[kind])
     change(folder)
     loaded = None
@@ -367,9 +376,9 @@ def test_nothing_in_a_checkpoint_is_unpickled(tmp_path, flag, kind):
         (step / name).write_bytes(pickles(flag)[kind])
     sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in step.iterdir()}
     (step / "manifest.json").write_text(json.dumps({"step": 7, "sha256": sums, "log": {}}))
-    with pytest.raises(Exception):  # noqa: B017, safetensors has an error of its own
-        path, _ = checkpoint.newest_checkpoint(tmp_path)
-        weight = torch.nn.Parameter(torch.zeros(2))
+    path, weight = checkpoint.newest_checkpoint(tmp_path)[0], torch.nn.Parameter(torch.zeros(2))
+    assert path == step
+    with pytest.raises(SafetensorError):
         checkpoint.load_checkpoint(path, {"model.embed": weight}, torch.optim.AdamW([weight]))
 
 
@@ -378,7 +387,8 @@ def test_code_in_a_students_folder_is_never_imported(base, task, tmp_path, flag,
     folder = tmp_path / "student"
     shutil.copytree(base, folder)
     code = f"import os\nos.mkdir({str(flag)!r})\n"
-    for name in ("modeling_evil", "configuration_evil", "tokenization_evil", "processing_evil", "__init__", "custom_generate/generate", "sitecustomize"):
+    for name in ("modeling_evil", "configuration_evil", "tokenization_evil", "processing_evil", "__init__", "custom_generate/generate",
+                 "sitecustomize"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / f"{name}.py").write_text(code)
     (folder / "custom_generate" / "requirements.txt").write_text("nothing-that-exists\n")
@@ -426,8 +436,9 @@ def test_a_students_chat_template_is_never_run(base, task, tmp_path, flag):
 
 
 def test_the_project_has_no_means_to_run_what_it_reads():
-    forbidden = re.compile(r"\bpickle\b|torch\.load\b|\bmarshal\b|\bshelve\b|\bjoblib\b|\byaml\b|allow_pickle|(?<![.\w])(?:eval|exec)\(|os\.system|shell=True"
-                           r"|trust_remote_code=True|weights_only=False|\b__import__\(|jinja|apply_chat_template")
+    forbidden = re.compile(
+        r"\bpickle\b|torch\.load\b|\bmarshal\b|\bshelve\b|\bjoblib\b|\byaml\b|allow_pickle|(?<![.\w])(?:eval|exec)\(|os\.system"
+        r"|shell=True|trust_remote_code=True|weights_only=False|\b__import__\(|jinja|apply_chat_template")
     for file in (*ROOT.glob("*.py"), *ROOT.glob("tools/*.py"), *ROOT.glob("metrics/*.py")):
         code = re.sub(r'"""[\s\S]*?"""|#.*', "", file.read_text(encoding="utf-8"))
         assert not (found := forbidden.search(code)), f"{file.name}: {found[0]}"
@@ -456,7 +467,8 @@ def test_special_tokens_of_every_text_of_a_study_stay_text_in_the_packed_row(mod
 def test_nothing_of_a_record_speaks_to_the_terminal(tmp_path, capsys):
     good = {"id": "a", "image": "x.png", "labels": {}, "trajectories": {"b": "Edema."}}
     rows = [{**good, "id": f"a{ESCAPES}"}, {**good, "image": f"{ESCAPES}.png"}, {**good, "trajectories": {ESCAPES: "x"}},
-            {**good, "labels": {ESCAPES: 1}}, {**good, "labels": {"Edema": ESCAPES}}, {**good, "id": "c", "trajectories": {"b": f"I'm sorry, I cannot {ESCAPES}"}}]
+            {**good, "labels": {ESCAPES: 1}}, {**good, "labels": {"Edema": ESCAPES}},
+            {**good, "id": "c", "trajectories": {"b": f"I'm sorry, I cannot {ESCAPES}"}}]
     path = tmp_path / "studies.jsonl"
     path.write_bytes(b"".join(map(records.line_of, rows)))
     check.check(check.parse(["check", str(path), "--images", str(tmp_path)]))
@@ -476,7 +488,8 @@ def test_what_is_missing_is_printed_without_control_characters(capsys):
 
 
 def test_a_servers_words_do_not_speak_to_the_terminal(tmp_path):
-    for answer in ((400, {"error": {"message": ESCAPES}}), (500, {"detail": ESCAPES}), (401, {"error": ESCAPES}), (200, {"error": {ESCAPES: ESCAPES}})):
+    for answer in ((400, {"error": {"message": ESCAPES}}), (500, {"detail": ESCAPES}), (401, {"error": ESCAPES}),
+                   (200, {"error": {ESCAPES: ESCAPES}})):
         with serve(lambda *_, answer=answer: answer) as chat, pytest.raises(endpoint.Failure) as caught:
             endpoint.complete(endpoint.Endpoint(chat.url, "m"), [])
         assert not records.CONTROL.search(str(caught.value)), ascii(str(caught.value))
@@ -488,12 +501,13 @@ def test_a_servers_words_do_not_speak_to_the_terminal(tmp_path):
 
 
 @pytest.mark.parametrize("answer", [
-    lambda body, nth: {**completion(f"Edema {KEY}.", usage=None, model=KEY), "usage": {"prompt_tokens": 1, "completion_tokens": 1, KEY: KEY}, KEY: KEY},
+    lambda body, nth: {**completion(f"Edema {KEY}.", usage=None, model=KEY), "usage": {"prompt_tokens": 1, "completion_tokens": 1, KEY: KEY},
+                       KEY: KEY},
     lambda body, nth: completion(KEY, finish=KEY), lambda body, nth: (400, {"error": {"message": f"Authorization: Bearer {KEY}"}}),
     lambda body, nth: (500, KEY.encode()) if nth == 0 else (401, {"error": {"message": KEY, "code": KEY}}),
     lambda body, nth: lambda handler: handler.send(429, {"error": str(handler.headers)}, {"Retry-After": "0", "X-Key": KEY}),
-    lambda body, nth: completion("".join(f"\\u{ord(c):04x}" for c in KEY)), lambda body, nth: json.dumps(completion(KEY)).replace("s", "\\u0073").encode(),
-], ids=range(7))
+    lambda body, nth: json.dumps(completion(KEY)).replace("s", "\\u0073").encode(),
+], ids=range(6))
 def test_a_key_that_a_server_gives_back_is_in_no_file_and_on_no_screen(tmp_path, monkeypatch, capfd, answer):
     monkeypatch.setenv("A_TEST_KEY", KEY)
     monkeypatch.setattr(endpoint.random.Random, "uniform", lambda self, low, high: 0.01)
@@ -507,7 +521,8 @@ def test_a_key_that_a_server_gives_back_is_in_no_file_and_on_no_screen(tmp_path,
 
     with serve(hear) as chat:
         do_post = chat.RequestHandlerClass.do_POST
-        monkeypatch.setattr(chat.RequestHandlerClass, "do_POST", lambda handler: (headers.append(handler.headers["Authorization"]), do_post(handler))[1])
+        monkeypatch.setattr(chat.RequestHandlerClass, "do_POST",
+                            lambda handler: (headers.append(handler.headers["Authorization"]), do_post(handler))[1])
         (tmp_path / "endpoints.json").write_text(json.dumps({"a": {"url": chat.url, "model": "m", "key_env": "A_TEST_KEY"}}))
         collect.run(collect.parse([str(tmp_path / "studies.jsonl"), "--endpoints", str(tmp_path / "endpoints.json"), "--images", str(tmp_path),
                                    "--out", str(tmp_path / "out.jsonl"), "--attempts", "2", "--json"]))
@@ -568,7 +583,8 @@ def test_a_redirect_to_the_metadata_address_connects_to_nobody(monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", lambda self, address: asked.append(address[0]) or connect(self, address))
     for status in (301, 302, 307, 308):
         for place in ("http://169.254.169.254/latest/meta-data/", "//169.254.169.254/", "file:///etc/passwd", "http://[fd00:ec2::254]/"):
-            with serve(lambda *_, s=status, p=place: (s, b"", {"Location": p})) as chat, pytest.raises(endpoint.Failure, match="redirects are not followed"):
+            answer = status, b"", {"Location": place}
+            with serve(lambda *_, a=answer: a) as chat, pytest.raises(endpoint.Failure, match="redirects are not followed"):
                 endpoint.complete(endpoint.Endpoint(chat.url, "m"), [])
     assert asked and set(asked) == {"127.0.0.1"}
     with pytest.raises(ValueError, match="169.254.169.254 is not this machine"):
@@ -585,15 +601,17 @@ def test_nesting_of_any_depth_is_a_failure_and_no_other_exception():
             written(endpoint._parse(b'{"choices": [], "usage": {"a": ' + b"[" * depth + b"]" * depth + b"}}", KEY))
 
 
-@pytest.mark.parametrize("usage", [{"prompt_tokens": 10 ** 400, "completion_tokens": 1}, {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 10 ** 4000},
-                                   {"prompt_tokens": -1, "completion_tokens": 1}, {"prompt_tokens": True, "completion_tokens": 1}])
+@pytest.mark.parametrize("usage", [
+    {"prompt_tokens": 10 ** 400, "completion_tokens": 1}, {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 10 ** 4000},
+    {"prompt_tokens": -1, "completion_tokens": 1}, {"prompt_tokens": True, "completion_tokens": 1}])
 def test_a_bill_that_no_number_holds_is_no_bill(usage):
     counted = endpoint.count(usage)
     assert counted is None or all(0 <= tokens < 1 << 53 for tokens in counted)
 
 
 @settings(derandomize=True, database=None, deadline=None, max_examples=150)
-@given(value=st.text(max_size=30) | st.from_regex(r"[A-Z][a-z]{2}, \d{1,5} [A-Z][a-z]{2} \d{1,6} \d{1,3}:\d{1,3}:\d{1,3} [A-Z+\-0-9]{0,9}", fullmatch=True),
+@given(value=st.text(max_size=30) | st.from_regex(r"[A-Z][a-z]{2}, \d{1,5} [A-Z][a-z]{2} \d{1,6} \d{1,3}:\d{1,3}:\d{1,3} [A-Z+\-0-9]{0,9}",
+                                                  fullmatch=True),
        text=st.text(max_size=30) | st.from_regex(r'\{"retryDelay": "[\d.]{1,400}s"\}', fullmatch=True))
 def test_no_wish_to_wait_is_an_exception(value, text):
     for headers in ({"Retry-After": value}, {}):
