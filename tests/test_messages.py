@@ -1007,6 +1007,7 @@ ELSEWHERE = {
         "test_endpoint.py::test_a_name_that_resolves_elsewhere_between_check_and_connection_gets_nothing",
     ("endpoint.py", "its certificate"): "test_endpoint.py::test_a_certificate_that_does_not_verify_stops_and_nothing_is_sent",
     ("endpoint.py", "redirects are not followed"): "test_endpoint.py::test_neither_redirects_nor_proxies_are_followed",
+    ("student.py", "expected .safetensors files only"): "test_security.py::test_nothing_in_a_students_folder_is_unpickled",
     ("selfdistill.py", "serves"): "test_server.py::test_the_model_is_the_servers_only_one_or_named",
     ("selfdistill.py", "what is written stays"): "test_server.py::test_the_command_says_in_one_line_that_the_server_is_gone",
     ("selfdistill.py", "endpoint.Failure(failure.kind"): "test_server.py::test_the_command_says_in_one_line_that_the_server_is_gone",
