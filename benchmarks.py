@@ -11,14 +11,17 @@ error that names file and line; what is absent (an image, a row, a report) is li
 
 import csv
 import gzip
-import json
 import re
 import xml.etree.ElementTree as ElementTree
+import zlib
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import data
 from data import Study
+from records import is_name, read_json, shown
+
+MAX_LINE = 1_000_000  # bytes of a table's line; a real one has some hundred, one of a bomb that was packed as .gz has no end
 
 
 @dataclass
@@ -39,7 +42,7 @@ def with_images(benchmark):
     there, seen = [], set()
     for study in benchmark.studies:
         if study.id in seen:
-            raise ValueError(f"{benchmark.name}: {study.id} stands there twice, expected it once")
+            raise ValueError(f"{benchmark.name}: {shown(study.id)} stands there twice, expected it once")
         seen.add(study.id)
         try:
             for path in study.images:
@@ -54,23 +57,51 @@ def with_images(benchmark):
 
 # ------------------------------------------------------------------------------------------------------------- the files
 
-def rows(path, *columns):
-    """Yields (line, {column: text}) of a .csv or .csv.gz. Raises ValueError naming file and line if a column is absent or there twice, or a
-    row ends before it."""
+def table(path):
+    """Yields (line, [field, ...]) of a .csv or .csv.gz, the head first, without empty lines. Raises ValueError naming file and line where
+    it is no table in UTF-8, or a line does not end."""
     opened = gzip.open if str(path).endswith(".gz") else open
-    with opened(path, "rt", encoding="utf-8-sig", newline="") as file:
-        reader = csv.reader(file)
-        head = [name.strip() for name in next(reader, [])]
-        for column in columns:
-            if head.count(column) != 1:
-                raise ValueError(f"{path}:1: expected one column {column!r}, found {', '.join(head) or 'nothing'}")
-        at = {column: head.index(column) for column in columns}
-        for row in reader:
-            if not row:
-                continue
-            if len(row) <= max(at.values()):
-                raise ValueError(f"{path}:{reader.line_num}: {len(row)} fields, expected {len(head)}")
-            yield reader.line_num, {column: row[i].strip() for column, i in at.items()}
+
+    def lines(file):
+        encoding = "utf-8-sig"
+        while line := file.readline(MAX_LINE):
+            if len(line) == MAX_LINE:
+                raise ValueError(f"expected a line of less than {MAX_LINE:,} bytes")
+            yield line.decode(encoding)
+            encoding = "utf-8"
+
+    with opened(path, "rb") as file:
+        reader = csv.reader(lines(file), strict=True)
+        try:
+            for row in reader:
+                if row:
+                    yield reader.line_num, row
+        except (csv.Error, ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
+            line = reader.line_num + (not isinstance(error, csv.Error))  # the others stop before it is counted
+            raise ValueError(f"{path}:{line}: no line of a CSV file in UTF-8: {error}") from None
+
+
+def rows(path, *columns):
+    """Yields (line, {column: text}) of a `table`. Raises ValueError naming file and line if a column is absent or there twice, or a row ends
+    before it."""
+    lines = table(path)
+    head = [name.strip() for name in next(lines, (1, []))[1]]
+    for column in columns:
+        if head.count(column) != 1:
+            raise ValueError(f"{path}:1: expected one column {column!r}, found {', '.join(map(shown, head)) or 'nothing'}")
+    at = {column: head.index(column) for column in columns}
+    for line, row in lines:
+        if len(row) <= max(at.values()):
+            raise ValueError(f"{path}:{line}: {len(row)} fields, expected {len(head)}")
+        yield line, {column: row[i].strip() for column, i in at.items()}
+
+
+def read_text(path):
+    """Raises ValueError naming the file if it is no text in UTF-8."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: no text in UTF-8: {error}") from None
 
 
 def label(text, where):
@@ -86,7 +117,7 @@ def label(text, where):
 
 def number(text, where):
     """'50414267' or '50414267.0' -> '50414267', MIMIC's numbers of subjects and studies."""
-    if not re.fullmatch(r"\d+(\.0*)?", text):
+    if not re.fullmatch(r"[0-9]{1,20}(\.0*)?", text):
         raise ValueError(f"{where}: {text!r}, expected a number")
     return text.partition(".")[0]
 
@@ -188,7 +219,7 @@ def ms_cxr_t(path, images, task, chexpert=None, blank="exclude"):
             labels = {f: value for f, value in labels.items() if value in (0, 1)}
         if films in seen:
             if task == "progression":
-                raise ValueError(f"{where}: the pair {' '.join(films)} stands there twice, expected it once")
+                raise ValueError(f"{where}: the pair {shown(' '.join(films))} stands there twice, expected it once")
             continue  # a film that is the current one of several pairs
         seen.add(films)
         if labels:
@@ -201,17 +232,13 @@ def ms_cxr_t(path, images, task, chexpert=None, blank="exclude"):
 def annotation(path, images, split="test"):
     """R2Gen's annotation.json: {"train" | "val" | "test": [{"id", "report", "image_path": [...]}]}, one item an image, the report its findings
     section. `split`: test, train, or validate, which this file calls val."""
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from None
-    key = {"validate": "val"}.get(split, split)
+    content, key = read_json(path), {"validate": "val"}.get(split, split)
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
         raise ValueError(f'{path}: expected an object with a list "{key}"')
     studies = []
     for at, item in enumerate(content[key]):
-        fits = isinstance(item, dict) and isinstance(item.get("id"), str) and isinstance(item.get("report"), str) \
-            and isinstance(item.get("image_path"), list) and item["image_path"] and all(isinstance(p, str) for p in item["image_path"])
+        fits = isinstance(item, dict) and is_name(item.get("id")) and isinstance(item.get("report"), str) \
+            and isinstance(item.get("image_path"), list) and item["image_path"] and all(map(is_name, item["image_path"]))
         if not fits:
             raise ValueError(f'{path}: {key}[{at}]: expected {{"id": text, "report": text, "image_path": [text, ...]}}')
         studies.append(Study(item["id"], tuple(item["image_path"]), {}, {}, item["report"], split))
@@ -280,7 +307,7 @@ def mimic_reports(folder, images, split="test", section="findings"):
         elif not file.is_file():
             missing.append(f"{file}: no such report")
         else:
-            parts = report_sections(file.read_text(encoding="utf-8"))
+            parts = report_sections(read_text(file))
             wanted = ("findings", "impression") if section == "both" else (section,)
             report = " ".join(" ".join(parts[name].split()) for name in wanted if name in parts)
             silent += not report
@@ -314,7 +341,7 @@ def open_i(folder):
     for file in files:
         try:
             report = ElementTree.parse(file)
-        except ElementTree.ParseError as error:
+        except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last two for an encoding that Python does not know
             raise ValueError(f"{file}: not an XML file: {error}") from None
         terms = "|".join(sorted(node.text or "" for node in report.iterfind(".//MeSH/automatic"))).lower()
         labels = {name: int(name.lower() in terms or OPEN_I_SYNONYMS.get(name, name.lower()) in terms) for name in OPEN_I}
@@ -330,7 +357,7 @@ def chestx_ray14(folder):
     the images anywhere below `folder`."""
     folder = Path(folder)
     listed, images, studies, missing, entries = find(folder, "test_list.txt", "**/test_list.txt"), images_below(folder), [], [], None
-    for line, text in enumerate(listed.read_text(encoding="utf-8").splitlines(), 1):
+    for line, text in enumerate(read_text(listed).split("\n"), 1):
         if not text.strip():
             continue
         path, *values = text.split()
@@ -366,34 +393,37 @@ def chexpert(folder, labels=None):
     first part of which names the release and stands for `folder`. Uncertain and blank labels are left out. Each study's record has "group",
     its study, for scores per study. The headline is the mean of the five competition labels."""
     folder = Path(folder)
-    table = Path(labels) if labels else find(folder, "**/groundtruth.csv", "**/test_labels.csv", "**/valid.csv")
-    opened = gzip.open if table.suffix == ".gz" else open
-    with opened(table, "rt", encoding="utf-8-sig", newline="") as file:
-        key = "Study" if "Study" in next(csv.reader(file), []) else "Path"
+    listed = Path(labels) if labels else find(folder, "**/groundtruth.csv", "**/test_labels.csv", "**/valid.csv")
+    key = "Study" if "Study" in next(table(listed), (1, []))[1] else "Path"
     studies, missing = [], []
-    for line, row in rows(table, key, *CHEXPERT):
-        values = {name: label(row[name], f"{table}:{line}: {name}") for name in CHEXPERT}
+    for line, row in rows(listed, key, *CHEXPERT):
+        values = {name: label(row[name], f"{listed}:{line}: {name}") for name in CHEXPERT}
         values = {name: value for name, value in values.items() if value in (0, 1)}
         first, _, inside = row[key].partition("/")
         path = inside if first.startswith("CheXpert") else row[key]
-        views = [path] if key == "Path" else [str(p.relative_to(folder)) for p in sorted((folder / path).glob("*.jpg"))]
-        if not all((folder / view).is_file() for view in views) or not views:
-            missing.append(f"{row[key]}: of {table}, no such image")
+        try:
+            place = data.image_path(path, folder)
+            views = [path] if key == "Path" else [str(Path(path) / film.name) for film in sorted(place.glob("*.jpg"))]
+            there = bool(views) and all((folder / view).is_file() for view in views)
+        except (ValueError, OSError):  # it leads out of the folder, or is no path at all
+            there = False
+        if not there:
+            missing.append(f"{row[key]}: of {listed}, no such image")
             continue
         studies += [Study(view, (view,), values, {}, record={"group": str(Path(view).parent)}) for view in views]
-    return Benchmark("CheXpert", binary_task("CheXpert", CHEXPERT), folder, studies, CHEXPERT_FIVE, missing, [f"labels of {table.name}"])
+    return Benchmark("CheXpert", binary_task("CheXpert", CHEXPERT), folder, studies, CHEXPERT_FIVE, missing, [f"labels of {listed.name}"])
 
 
 def chestx_det10(folder):
     """ChestX-Det10: test.json, [{"file_name", "syms", "boxes"}]; a sym stands there once a box, none is no finding."""
     folder = Path(folder)
     listed, images, studies, missing = find(folder, "test.json", "**/test.json"), images_below(folder), [], []
-    try:
-        items = json.loads(listed.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{listed}: not a JSON file: {error}") from None
+    items = read_json(listed)
+    if not isinstance(items, list):
+        raise ValueError(f"{listed}: expected a list of objects, found {type(items).__name__}")
     for at, item in enumerate(items):
-        if not isinstance(item, dict) or not isinstance(item.get("file_name"), str) or not isinstance(item.get("syms"), list):
+        fits = isinstance(item, dict) and is_name(item.get("file_name")) and isinstance(item.get("syms"), list)
+        if not fits or not all(isinstance(sym, str) for sym in item["syms"]):
             raise ValueError(f'{listed}: [{at}]: expected {{"file_name": text, "syms": [text, ...]}}')
         if unknown := set(item["syms"]) - set(CHESTX_DET10):
             raise ValueError(f"{listed}: [{at}]: unknown finding {sorted(unknown)[0]!r}, expected some of {', '.join(CHESTX_DET10)}")

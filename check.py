@@ -59,7 +59,10 @@ class TextLengths:
             from huggingface_hub import hf_hub_download
 
             file = hf_hub_download(student, "tokenizer.json")
-        self.tokenizer, self.task = Tokenizer.from_file(str(file)), task
+        try:
+            self.tokenizer, self.task = Tokenizer.from_file(str(file)), task
+        except Exception as error:  # the library has no narrower one
+            raise ValueError(f"{file}: expected the student's tokenizer: {error}") from None
         self.tokenizer.encode_special_tokens = True  # '<|im_end|>' in a text is text
 
     def lengths(self, study, prompt, responses):

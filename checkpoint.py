@@ -31,6 +31,7 @@ from safetensors.torch import load_file, save_file
 
 import student as students
 import training
+from records import read_json
 
 
 def fingerprint(path):
@@ -77,7 +78,7 @@ def whole(path):
         yield temporary
         for file in [*temporary.rglob("*"), temporary]:
             _fsync(file)
-        if path.is_dir():
+        if path.is_dir() and temporary.is_dir():  # a file does not take a folder's place
             _remove(path)
         os.replace(temporary, path)
         _fsync(path.parent)
@@ -96,6 +97,10 @@ def write_text(path, text):
 
 NOT_SETTINGS = ("output_dir", "resume", "resume_anyway", "logging_steps", "save_steps", "save_total_limit", "num_workers", "dry_run", "server",
                 "server_key_env", "server_concurrency", "i_have_permission")  # a server may move; which model it serves is a setting
+
+# all that a run writes into its folder, and what --resume never takes away; other files may lie there too
+OF_A_RUN = ("args.json", "env.json", "log.jsonl", "speed.jsonl", "too_long.jsonl", "finished.json", "positives.jsonl", "dropped.jsonl", "stats.json",
+            "part-*.jsonl", "step-*", "reference.safetensors", "reference.parts", "student", "adapter")
 
 SAME_STEPS = {"world_size", "micro_batch", "gradient_checkpointing"}  # the same studies in each step whatever these are
 
@@ -121,13 +126,13 @@ def open_run(args, inputs):
         except BlockingIOError:
             raise SystemExit(f"{folder}: another run holds {folder / '.lock'}; wait for it or choose another --output_dir") from None
         if args.resume == "never":
-            for old in [*folder.glob("step-*"), *folder.glob("*.json*"), *folder.glob("*.safetensors"), *folder.glob("*.parts"),
-                        folder / "student", folder / "adapter"]:
-                _remove(old)
+            for old in [old for pattern in OF_A_RUN for old in folder.glob(pattern)]:
+                if old.resolve() not in (Path(path).resolve() for path in inputs.values() if path):
+                    _remove(old)
         for old in folder.glob(".tmp-*"):  # what a kill left half-written
             _remove(old)
         if (folder / "args.json").exists():
-            before, now = json.loads((folder / "args.json").read_text()), json.loads(json.dumps(settings))
+            before, now = read_json(folder / "args.json"), json.loads(json.dumps(settings))
             if finished(args):
                 before["world_size"] = now.get("world_size")  # it matters only while the run goes on
             differ = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]

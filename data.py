@@ -14,7 +14,6 @@ In the paper's letters: v = image, l = prompt, t^u = trajectories[u], T = all of
 """
 
 import contextlib
-import json
 import random
 import re
 from dataclasses import dataclass, field
@@ -25,7 +24,7 @@ from PIL import Image, ImageOps
 
 from metrics.findings import is_refusal as is_chest_refusal
 from metrics.findings import read_findings
-from records import faults, read_jsonl
+from records import faults, is_name, read_json, read_jsonl
 
 MAX_IMAGE_PIXELS = 64_000_000  # a film has about 10 million; beyond this Pillow only warns, and a bomb is no film
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")  # no others: Pillow would hand some to outside programs
@@ -77,16 +76,10 @@ def load_task(path=None):
          "refusals": ["i cannot", ...]}
 
     findings: name -> the words that name it in a text; classes, in order: class -> phrases, in which {finding} stands for
-    any of the finding's words and * for up to four words of the same clause that name no other finding. prompts may have a "question"
-    with {finding} and {options}, which evaluate.py asks. Raises ValueError naming the file and what was expected.
+    any of the finding's words and * (at most three) for up to four words of the same clause that name no other finding. prompts may have
+    a "question" with {finding} and {options}, which evaluate.py asks. Raises ValueError naming the file and what was expected.
     """
-    if path is None:
-        return CHEST
-    try:
-        spec = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from None
-    return make_task(spec, path)
+    return CHEST if path is None else make_task(read_json(path), path)
 
 
 def make_task(spec, path):
@@ -100,6 +93,8 @@ def make_task(spec, path):
         value = spec.get(key)
         expect(isinstance(value, dict) and value and all(isinstance(v, list) and v and all(isinstance(s, str) and s.strip() for s in v)
                                                          for v in value.values()), f'"{key}": an object of lists of words')
+        expect(all(map(is_name, value)), f'names without control characters in "{key}"')
+    expect(is_name(spec.get("name", "task")), '"name": a name')
     prompts = {"system": "", **spec["prompts"]} if isinstance(spec.get("prompts"), dict) else {}
     expect(all(isinstance(prompts.get(k), str) for k in ("system", "student", "teacher", "compare")),
            '"prompts": an object with the texts "student", "teacher", "compare"')
@@ -108,6 +103,7 @@ def make_task(spec, path):
     expect(isinstance(q := prompts.get("question", "{finding}"), str) and "{finding}" in q, 'a text with {finding} as prompts.question')
     for phrases in spec["classes"].values():
         expect(all("{finding}" in phrase.split() for phrase in phrases), 'every phrase of "classes" to contain the word {finding}')
+        expect(all(phrase.split().count("*") <= 3 for phrase in phrases), 'at most three * in a phrase of "classes"')  # each multiplies the search
     for key in ("positive", "refusals"):
         value = spec.get(key, [])
         expect(isinstance(value, list) and all(isinstance(s, str) and s for s in value), f'"{key}": a list of words')
@@ -286,6 +282,8 @@ def open_image(path, root):
     """A PIL image whose header was read and checked; whatever goes wrong inside becomes a ValueError that names the file."""
     file = image_path(path, root)
     try:
+        if file.exists() and not file.is_file():  # a pipe would keep who opens it waiting for ever
+            raise ValueError("no regular file")
         with Image.open(file, formats=IMAGE_FORMATS) as image:
             if image.width * image.height > MAX_IMAGE_PIXELS:
                 raise ValueError(f"{image.width} x {image.height} pixels, expected at most {MAX_IMAGE_PIXELS:,}")
@@ -296,6 +294,14 @@ def open_image(path, root):
         raise ValueError(f"{file}: no such image") from None
     except Exception as error:  # decoders of broken files raise nearly anything
         raise ValueError(f"{file}: not a readable image: {error}") from None
+
+
+def require_images(studies, root):
+    """Raises ValueError for the first image of the studies that is not there or no image, as far as its header tells."""
+    for study in studies:
+        for path in study.images:
+            with open_image(path, root):
+                pass
 
 
 def load_image(path, root):
@@ -326,8 +332,11 @@ class Encoder:  # torch and transformers are imported in here: the rest of this 
         from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
         self.task, self.images, self.max_tokens = task, images, max_tokens
-        self.tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=False)
-        self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(student)
+        try:
+            self.tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=False)
+            self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(student)
+        except Exception as error:  # of a broken file they raise nearly anything
+            raise ValueError(f"--student {student}: expected the tokenizer and image processor of a Qwen2.5-VL: {error}") from None
         size = self.image_processor.size
         self.image_processor.size = {"shortest_edge": size["shortest_edge"], "longest_edge": min(size["longest_edge"], max_pixels)}
         special = self.tokenizer.convert_tokens_to_ids

@@ -30,6 +30,7 @@ from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Q
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
 from demo_world import PRIOR, SIZE, TASK, TEACHERS, WORLDS, draw_film, draw_nuisance, imagine, make, named, plurality, speak, write
+from records import require_folder
 
 # ------------------------------------------------------------------------------------------------------ the tiny student
 
@@ -220,7 +221,7 @@ def report(args):
         f"--max_new_tokens={ANSWER}", "--batch_size=50", "--mode=parse", "--bootstrap=0"]))
 
 
-def main():
+def parse(argv=None):
     parser = argparse.ArgumentParser(description="The scale model of the paper.")
     commands = parser.add_subparsers(dest="command", required=True)
     p = commands.add_parser("make", help="draw a world: films, studies.jsonl, replay.jsonl, task.json")
@@ -248,7 +249,10 @@ def main():
         p.add_argument("--max_steps", type=int, help="of each training stage, to try the mechanics (default: all)")
         p.add_argument("--base_steps", type=int, help="of the base that is not taught consensus, to try the mechanics (default: 900)")
         p.add_argument("--json", action="store_true", help="end with one line of JSON")
-    args = parser.parse_args()
+    return parser.parse_args(argv)
+
+
+def run(args):
     if args.command in ("ladder", "beta"):
         import demo_beta
         import demo_ladder
@@ -264,7 +268,16 @@ def main():
     elif command == "student":
         write_student(out)
     else:
+        require_folder(out)
         print("sha256", train_base(out))
+
+
+def main():
+    args = parse()
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"demo: {error}") from None
 
 
 if __name__ == "__main__":

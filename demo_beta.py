@@ -115,7 +115,7 @@ def beta(args):
     for world in args.worlds:
         for seed in args.seeds:
             if not (out / f"{world}-{seed}" / "tuned" / "student").exists():
-                raise SystemExit(f"{out / f'{world}-{seed}'}: no finished chain; run first: python demo.py ladder --out {out}")
+                raise ValueError(f"{out / f'{world}-{seed}'}: no finished chain; run first: python demo.py ladder --out {out}")
     cells = demo_ladder.read_cells(demo_ladder.run_chains(beta_chain, args, demo_ladder.options_of(args)), "beta_*/cell.json")
     results = {"experiment": {**demo_ladder.experiment(args), "betas": BETAS}, "cells": cells}
     checkpoint.write_text(out / "beta.json", json.dumps(results) + "\n")

@@ -18,6 +18,7 @@ import multiprocessing
 import random
 import statistics
 import time
+import traceback
 from pathlib import Path
 
 import numpy as np
@@ -281,7 +282,11 @@ def work(job):
     training.init()
     start = time.process_time()
     with open(folder / "chain.log", "a", buffering=1) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        chain_of(folder, world, seed, options)
+        try:
+            chain_of(folder, world, seed, options)
+        except BaseException:
+            traceback.print_exc()  # the command itself ends with one line
+            raise
     return world, seed, time.process_time() - start
 
 
@@ -299,7 +304,7 @@ def run_chains(chain_of, args, options):
                         world, seed, seconds = result.get()
                     except BaseException as error:
                         pool.terminate()
-                        raise RuntimeError(f"{folder}: {type(error).__name__}: {error}; see {folder / 'chain.log'}") from error
+                        raise ValueError(f"{folder}: {type(error).__name__}: {error}; see {folder / 'chain.log'}") from error
                     bar.update()
                     bar.write(f"{world}, seed {seed}: {seconds:.0f} CPU seconds")
     return [folder for _, folder, *_ in jobs]

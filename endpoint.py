@@ -26,8 +26,9 @@ import ssl
 import threading
 import time
 from dataclasses import dataclass, field
-from pathlib import Path
 from urllib.parse import urlsplit
+
+from records import is_name, read_json, shown, too_deep
 
 MAX_ANSWER_BYTES = 16 << 20
 MAX_WAIT = 3600  # seconds; an endpoint that asks for more has nothing to give today
@@ -105,17 +106,13 @@ def read_endpoints(path, chosen=None, only_loopback=True, with_keys=True):
     key_env names the environment variable that holds the key; "request" goes into every request as it is; timeout is in seconds;
     image_tokens is what an image costs, for estimates. Raises ValueError naming the file, the teacher and what was expected, and never
     a value: a key may stand in the wrong place. A file that holds a key is refused."""
-    content = Path(path).read_text(encoding="utf-8")
-    try:
-        specs = json.loads(content)
-    except (ValueError, RecursionError):
-        raise ValueError(f"{path}: not a JSON file") from None
-    if not isinstance(specs, dict) or not specs or not all(isinstance(spec, dict) for spec in specs.values()):
+    specs = read_json(path)
+    if not isinstance(specs, dict) or not specs or not all(is_name(name) and isinstance(spec, dict) for name, spec in specs.items()):
         raise ValueError(f'{path}: expected an object {{teacher: {{"url": ..., "model": ...}}}}')
     if unknown := [name for name in chosen.split(",") if name not in specs] if chosen else []:
         raise ValueError(f"--teachers {','.join(unknown)}: expected some of {', '.join(specs)}")
 
-    number = lambda value, least=1e-9: type(value) in (int, float) and least <= value < math.inf
+    number = lambda value, least=1e-9: type(value) in (int, float) and least <= value <= 1e9
     checks = {
         "url": ("a string", lambda v: isinstance(v, str)),
         "model": ("a name", lambda v: isinstance(v, str) and v.strip()),
@@ -144,7 +141,7 @@ def read_endpoints(path, chosen=None, only_loopback=True, with_keys=True):
             if chosen and name not in chosen.split(","):
                 continue
             secret = read_key(spec["key_env"]) if with_keys and "key_env" in spec else None
-            if secret and secret in content:
+            if secret and secret in json.dumps(specs, ensure_ascii=False):
                 raise ValueError(NO_KEY_HERE)
             found[name] = Endpoint(spec["url"], spec["model"], secret, spec.get("request", {}), spec.get("timeout", 300), only_loopback), spec
         except ValueError as error:
@@ -235,6 +232,8 @@ def _parse(content, key):
     """A JSON value without the key in any of its strings; ValueError for anything else, lone surrogates included."""
     try:
         value = json.loads(content.decode("utf-8"), parse_constant=lambda name: float("x"))  # NaN is not JSON
+        if too_deep(value):
+            raise RecursionError
         text = json.dumps(value, ensure_ascii=False)
         text.encode("utf-8")
     except RecursionError:
@@ -264,7 +263,7 @@ def _refusal(status, headers, reply):
         reply = reply[0]
     error = reply.get("error", reply) if isinstance(reply, dict) else reply
     words = error.get("message") or error.get("detail") if isinstance(error, dict) else error
-    what = f"HTTP {status}" + (f": {' '.join(str(words).split())[:300]}" if words else "")
+    what = f"HTTP {status}" + (f": {shown(' '.join(str(words).split())[:300])}" if words else "")
     if status == 402 or 400 <= status < 500 and SPENT.search(text):
         return Failure("stop", f"quota or balance is spent; {what}")
     if status in (401, 404):
@@ -299,9 +298,10 @@ def _call(endpoint, method, path, body=None):
 def count(usage):
     """(tokens in, tokens out with hidden reasoning) of a usage, None if it does not tell."""
     n, out, total = ((usage or {}).get(key) for key in ("prompt_tokens", "completion_tokens", "total_tokens"))
-    if not all(type(tokens) is int and tokens >= 0 for tokens in (n, out)):
+    known = lambda tokens: type(tokens) is int and 0 <= tokens < 1 << 53  # beyond that it is no count, and no float
+    if not (known(n) and known(out)):
         return None
-    return n, max(out, total - n) if type(total) is int else out
+    return n, max(out, total - n) if known(total) else out
 
 
 def models(endpoint):

@@ -160,13 +160,14 @@ def baselines(studies, train, task):
 
 
 def named_students(given):
-    """--student values -> {name: folder or hub id}. Raises ValueError if two have the same name."""
+    """--student values -> {name: folder or hub id}. Raises ValueError if two have the same name, or one is no Qwen2.5-VL."""
     folders = {}
     for value in given:
         name, equals, path = value.partition("=")
         name, path = (value, value) if Path(value).exists() or not equals else (name, path)
         if name in folders:
             raise ValueError(f"--student {value}: a second student named {name!r}, expected NAME=FOLDER with names that differ")
+        student.require_family(path)
         folders[name] = path
     return folders
 
@@ -195,7 +196,7 @@ def run_classify(args):
             bench.notes.append(f"{outside} labels left out that are none of {', '.join(map(str, sorted(offered)))}")
         studies = [study for study in studies if study.labels]
     if not studies:
-        raise ValueError(f"{bench.name}: no study has both labels and images; {'; '.join(missing[:3])}")
+        raise ValueError("; ".join([f"{bench.name}: no study has both labels and images", *missing[:3]]))
     if twice := {"label prior", "majority class", "vote of the teachers", "always no", *data.teacher_names(studies)} & set(folders):
         raise ValueError(f"--student {min(twice)}: names another row of the table, expected a name of its own")
     failed, ours = {}, {}
@@ -231,6 +232,8 @@ def run_reports(args):
         studies = [study for study in data.read_studies(args.studies, data.CHEST, args.split) if study.report]
         bench = benchmarks.Benchmark(args.studies, data.CHEST, args.images, studies)
     studies, missing = benchmarks.with_images(bench).studies, bench.missing
+    if not studies:
+        raise ValueError("; ".join([f"{bench.name}: no study has both a report and its image", *missing[:3]]))
     before, settings, parts = results.begin(args, folders.values(), [bench])
     if before:
         return results.end(args, before, known=True)
@@ -248,7 +251,7 @@ def run_reports(args):
     missing += [f"{key}: {why}" for key, why in failed.items()]
     studies = [study for study in studies if study.id not in failed]
     if not studies:
-        raise ValueError(f"{bench.name}: no study has both a report and its image; {'; '.join(missing[:3])}")
+        raise ValueError(f"no image could be read, the first: {next(iter(failed.values()))}")
     rows = {name: score_reports([texts[study.id] for study in studies], [study.report for study in studies], args.clean, meteor, args.uncertain)
             for name, texts in written.items()}
     ours = {name: [row.get(key) for key in TEXT_METRICS] for name, row in rows.items()}
@@ -355,15 +358,15 @@ def run_ablation(args):
 def add_student_arguments(p, answers=True):
     """The flags of all commands that ask a student, and those of its answers."""
     p.add_argument("--student", action="append", required=True, help="NAME=FOLDER or FOLDER (or a hub id); may be given several times")
-    p.add_argument("--max_pixels", type=int, default=1024 * 28 * 28, help="pixels per image, 784 make a token (default: %(default)s)")
+    p.add_argument("--max_pixels", type=training.at_least_one, default=1024 * 28 * 28, help="pixels per image, 784 a token (default: %(default)s)")
     p.add_argument("--num_workers", type=int, default=0, help="processes per rank that load images (default: %(default)s)")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="weights in bf16")
     p.add_argument("--strict", action="store_true", help="exit with 1 if anything is missing")
     p.add_argument("--output", help="results.json to write; the same command goes on where it stopped")
     p.add_argument("--json", action="store_true", help="end with one line of JSON")
     if answers:
-        p.add_argument("--max_new_tokens", type=int, default=1024, help="tokens of an answer (default: %(default)s)")
-        p.add_argument("--batch_size", type=int, default=32, help="studies per forward of generated answers (default: %(default)s)")
+        p.add_argument("--max_new_tokens", type=training.at_least_one, default=1024, help="tokens of an answer (default: %(default)s)")
+        p.add_argument("--batch_size", type=training.at_least_one, default=32, help="studies per forward of generated answers (default: %(default)s)")
         p.add_argument("--seed", type=int, default=0, help="of the sampled answers and the bootstrap (default: %(default)s)")
         p.add_argument("--split", default="test", help="which studies: train, validate, test (default: %(default)s)")
 

@@ -4,9 +4,10 @@ The paper disagrees with itself: its text gives 0.76 where Table 1 has 0.78, and
 its own too; they are not always the mean of the figures beside them.
 """
 
-import json
 import statistics
 from pathlib import Path
+
+from records import read_json, shown
 
 FIVE = ("Consolidation", "Pleural Effusion", "Pneumonia", "Pneumothorax", "Edema")  # the columns of Tables 1, 2 and 5, before 'Avg.'
 TEXT_METRICS = ("BLEU-1", "BLEU-2", "BLEU-3", "BLEU-4", "ROUGE-L", "METEOR")  # of Tables 3 and 7; CIDEr is in their captions only
@@ -119,46 +120,58 @@ def auc_lines(name, figures):
 
 def collect(paths):
     """Results files of classify, reports and zeroshot -> {table number: {row: figures}}, as `beside` takes them. Rows of a studies.jsonl stand
-    below Table 2 and, if they have the names of its rows, below Table 5, as do those of `demo.py ladder`."""
+    below Table 2 and, if they have the names of its rows, below Table 5, as do those of `demo.py ladder`. Raises ValueError naming a file
+    that is none of these."""
     ours = {number: {} for number in TABLES}
     for path in paths:
+        content = read_json(path)
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path}: not a JSON file: {error}") from None
-        settings, rows = content.get("settings", {}), content.get("rows", {})
-        if settings.get("command") == "classify":
-            for name, row in rows.items():
-                s, where = plain(row), f"MS-CXR-T {settings['task']}" if settings["task"] else Path(settings["studies"]).name
-                figures, asked = [*(s["accuracy"].get(finding) for finding in FIVE), s["mean"]], s is not row
-                if settings["task"] and asked:
-                    ours[1][f"{name} [{where}]"] = figures
-                elif not settings["task"]:
-                    ours[2][f"{name} [{where}]"] = figures
-                    if asked and name in TABLE_5:
-                        ours[5][f"{name} [{where}]"] = figures
-        elif settings.get("command") == "reports":
-            ours[3] |= {name: [row.get(key) for key in TEXT_METRICS] for name, row in rows.items()}
-        elif settings.get("command") == "zeroshot":
-            ours[4] |= {name: [row.get(dataset, {}).get("macro") for dataset in ZERO_SHOT] for name, row in rows.items()}
-        elif "claims" in content:  # the ladder's students, greedy, mean over seeds
-            for world, row in dict.fromkeys((cell["world"], cell["row"]) for cell in content["cells"] if "greedy" in cell and "voiced" in cell):
-                seeds = [cell["greedy"] for cell in content["cells"] if (cell["world"], cell["row"]) == (world, row)]
-                ours[5][f"{row} [{world}]"] = [statistics.mean(s["accuracy"][f] for s in seeds) for f in FIVE] + [
-                    statistics.mean(s["mean"] for s in seeds)]
-        else:
-            raise ValueError(f"{path}: expected the --output of classify, reports or zeroshot, or results.json of demo.py ladder")
+            for number, name, figures in rows_of(content):
+                if not all(figure is None or type(figure) in (int, float) and abs(figure) < 1e9 for figure in figures):
+                    raise ValueError(f"{name!r}: a figure that is no number")
+                ours[number][shown(name)] = figures
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
+            raise ValueError(f"{path}: expected the --output of classify, reports or zeroshot, or results.json of demo.py ladder; "
+                             f"{type(error).__name__}: {shown(error)}") from None
     ours[7] = ours[3]
     return ours
 
 
+def rows_of(content):
+    """Yields (table number, row, figures) of one results file."""
+    settings, rows = content.get("settings", {}), content.get("rows", {})
+    if settings.get("command") == "classify":
+        for name, row in rows.items():
+            s, where = plain(row), f"MS-CXR-T {settings['task']}" if settings["task"] else Path(settings["studies"]).name
+            figures, asked = [*(s["accuracy"].get(finding) for finding in FIVE), s["mean"]], s is not row
+            if settings["task"] and asked:
+                yield 1, f"{name} [{where}]", figures
+            elif not settings["task"]:
+                yield 2, f"{name} [{where}]", figures
+                if asked and name in TABLE_5:
+                    yield 5, f"{name} [{where}]", figures
+    elif settings.get("command") == "reports":
+        for name, row in rows.items():
+            yield 3, name, [row.get(key) for key in TEXT_METRICS]
+    elif settings.get("command") == "zeroshot":
+        for name, row in rows.items():
+            yield 4, name, [row.get(dataset, {}).get("macro") for dataset in ZERO_SHOT]
+    elif "claims" in content:  # the ladder's students, greedy, mean over seeds
+        for world, row in dict.fromkeys((cell["world"], cell["row"]) for cell in content["cells"] if "greedy" in cell and "voiced" in cell):
+            seeds = [cell["greedy"] for cell in content["cells"] if (cell["world"], cell["row"]) == (world, row)]
+            yield 5, f"{row} [{world}]", [statistics.mean(s["accuracy"][f] for s in seeds) for f in FIVE] + [
+                statistics.mean(s["mean"] for s in seeds)]
+    else:
+        raise ValueError("it is none of them")
+
+
 def read_ladder(path):
     """The results.json of `demo.py ladder` and its `ladder_table`. Raises ValueError if the file is none."""
+    results = read_json(path)
     try:
-        results = json.loads(Path(path).read_text(encoding="utf-8"))
         return results, ladder_table(results)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise ValueError(f"{path}: not the results.json of demo.py ladder: {error!r}") from None
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError, OverflowError) as error:
+        raise ValueError(f"{path}: not the results.json of demo.py ladder: {shown(repr(error))}") from None
 
 
 def ladder_table(results):

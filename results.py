@@ -14,6 +14,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import training
+from records import shown
 
 QUIET = ("json", "strict", "num_workers", "output")  # flags that change no figure
 
@@ -28,9 +29,16 @@ def begin(args, inputs, benches):
     if not args.output:
         return None, settings, None
     settings = json.loads(json.dumps(settings))
-    before = json.loads(Path(args.output).read_text(encoding="utf-8")) if Path(args.output).exists() else {}
+    before = {"settings": None}
+    if Path(args.output).exists():
+        try:
+            before = json.loads(Path(args.output).read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            before = None
+        if not isinstance(before, dict) or "settings" not in before:
+            raise ValueError(f"{args.output}: exists and was not written by evaluate.py, expected another --output")
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    return before if before.get("settings") == settings else None, settings, Path(f"{args.output}.parts") / key
+    return before if before["settings"] == settings else None, settings, Path(f"{args.output}.parts") / key
 
 
 def end(args, results, known=False):
@@ -39,7 +47,7 @@ def end(args, results, known=False):
     training.say((f"{args.output} holds these results already\n" if known else "") + results["table"])
     if missing:
         more = f"\n  ... and {len(missing) - 20} more" + (f", all of them in {args.output}" if args.output else "") if len(missing) > 20 else ""
-        training.say(f"missing, left out: {len(missing)}\n  " + "\n  ".join(missing[:20]) + more)
+        training.say(f"missing, left out: {len(missing)}\n  " + "\n  ".join(map(shown, missing[:20])) + more)
     if args.output and not known:
         training.on_rank_zero(lambda: checkpoint.write_text(Path(args.output), json.dumps(results, indent=1) + "\n"))
         training.on_rank_zero(lambda: shutil.rmtree(f"{args.output}.parts", ignore_errors=True))

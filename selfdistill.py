@@ -42,6 +42,7 @@ import data
 import endpoint
 import student
 import training
+from records import shown
 
 QUOTES_A_READER = re.compile(r"\breaders\b|\breader #?\d|\b(?:the|one|each|another|first|second|third) reader\b"
                              r"|\b(?:report|description) #?\d\b(?!\s*[cm]m)", re.IGNORECASE)
@@ -58,14 +59,14 @@ def parse(argv=None):
     g = parser.add_argument_group("sampling")
     g.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
     g.add_argument("--top_p", type=float, default=1.0, help="nucleus mass (default: %(default)s)")
-    g.add_argument("--max_new_tokens", type=int, default=1024, help="tokens (default: %(default)s)")
-    g.add_argument("--batch_size", type=int, default=32, help="studies per forward (default: %(default)s)")
-    g.add_argument("--attempts", type=int, default=4, help="samples until a study is dropped (default: %(default)s)")
+    g.add_argument("--max_new_tokens", type=training.at_least_one, default=1024, help="tokens (default: %(default)s)")
+    g.add_argument("--batch_size", type=training.at_least_one, default=32, help="studies per forward (default: %(default)s)")
+    g.add_argument("--attempts", type=training.at_least_one, default=4, help="samples until a study is dropped (default: %(default)s)")
     g.add_argument("--resume", choices=("auto", "must", "never"), default="auto", help="go on with what is written (default: %(default)s)")
     g = parser.add_argument_group("a server that samples in the student's place")
     g.add_argument("--server", help="URL of an OpenAI-compatible server of pi_st, as http://localhost:8000 (default: --student, loaded here)")
     g.add_argument("--server_model", help="the name that it serves pi_st by (default: its only model)")
-    g.add_argument("--server_concurrency", type=int, default=64, help="requests in flight, per rank (default: %(default)s)")
+    g.add_argument("--server_concurrency", type=training.at_least_one, default=64, help="requests in flight, per rank (default: %(default)s)")
     g.add_argument("--server_key_env", help="name of the environment variable that holds its key (default: it wants none)")
     g.add_argument("--i_have_permission", action="store_true", help="images may go to a server on another machine")
     return training.parse(parser, PRESETS, argv)
@@ -99,7 +100,7 @@ def server_sampler(server, args, task):
     if not server.model:
         names = endpoint.models(server)
         if len(names) != 1:
-            raise ValueError(f"{args.server} serves {', '.join(names) or 'nothing'}: expected --server_model with the name of pi_st")
+            raise ValueError(f"{args.server} serves {shown(', '.join(names)) or 'nothing'}: expected --server_model with the name of pi_st")
         server = replace(server, model=names[0])
 
     def encode(study):
@@ -193,10 +194,13 @@ def run(args):
     if args.refusals == "drop":
         studies, dropped = data.drop_refusals(studies, task)
     studies = [study for study in studies if study.trajectories]
+    if not studies:
+        raise ValueError(f"{args.studies}: no study has trajectories, expected the teachers' texts")
     lock = checkpoint.open_run(args, {"studies": args.studies, "task_file": args.task_file, "student": args.student})
     if checkpoint.finished(args):
         training.say(f"compare: {folder} is finished")
         return
+    data.require_images(studies, args.images)
     training.say(f"compare: {len(studies)} studies, {dropped} refusals left out")
     encode, sample = server_sampler(server, args, task) if server else student_sampler(args, task, device)
 
@@ -254,7 +258,7 @@ def main():
         try:
             run(args)
         except endpoint.Failure as failure:
-            raise SystemExit(f"compare: {failure}; what is written stays, the same command goes on") from None
+            raise SystemExit(f"{failure}; what is written stays, the same command goes on") from None
 
 
 if __name__ == "__main__":

@@ -72,6 +72,8 @@ def run(args):
         studies, dropped = data.drop_refusals(studies, task)
     studies = [study for study in studies if study.trajectories]
     replay = data.read_studies(args.replay, task) if args.replay else []
+    if replay and (sum(study.t_plus is not None for study in replay) < len(replay) or len(replay) < args.replay_rows):
+        raise ValueError(f'{args.replay}: expected "t_plus" in each record, and at least --replay_rows {args.replay_rows} records')
     lock = checkpoint.open_run(args, {"studies": args.studies, "task_file": args.task_file, "student": args.student, "replay": args.replay})
     if checkpoint.finished(args):
         training.say(f"learn: {args.output_dir} is finished")

@@ -21,12 +21,15 @@ from pathlib import Path
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface, AttentionMaskInterface, GenerationConfig, PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
 from transformers.generation import LogitsProcessor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+
+from records import read_json
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all linear layers of the decoder
 TRAINABLE = ("lora", "merger", "decoder", "vision")
@@ -35,19 +38,28 @@ LM_HEAD_CHUNK = 512  # rows of fp32 logits alive at a time
 
 def require_family(path):
     """Raises ValueError unless a folder or hub id holds a Qwen2.5-VL, of any size; only its config.json is read."""
-    family = PreTrainedConfig.get_config_dict(path, trust_remote_code=False)[0].get("model_type")
+    try:
+        family = PreTrainedConfig.get_config_dict(path, trust_remote_code=False)[0].get("model_type")
+    except OSError as error:
+        raise ValueError(f"--student {path}: expected the folder or hub id of a Qwen2.5-VL: {str(error).splitlines()[0]}") from None
     if family != "qwen2_5_vl":
         raise ValueError(
             f"--student {path} is a {family or 'model without a model_type'}, expected a Qwen2.5-VL (qwen2_5_vl) of any size. For another family "
             "these would have to be true: data.Encoder writes its chat format and image tokens; student.pack takes its positions from the model "
             "and lets branches restart behind the prefix; its attention takes a 4-D mask; set_trainable finds its decoder, its vision tower and "
             "what joins them. tests/test_packed.py then says whether the packed step is still exact")
+    index = Path(path) / "model.safetensors.index.json"
+    if index.exists() and not all(str(file).endswith(".safetensors") for file in read_json(index)["weight_map"].values()):
+        raise ValueError(f"{index}: expected .safetensors files only")  # transformers would unpickle what else it names, if with care
 
 
 def load(path, dtype=torch.float32, device="cpu"):
     """A Qwen2.5-VL of any size from a folder or a hub id (safetensors only, no remote code), in eval mode. Raises ValueError for other families."""
     require_family(path)
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
+    try:
+        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"--student {path}: expected its weights as safetensors: {error}") from None
     embed = model.model.visual.patch_embed
     # patches do not overlap, so the convolution is a matrix product; Conv3d is several times slower, on CPU and in bf16
     embed.forward = lambda patches: F.linear(patches.to(embed.proj.weight.dtype), embed.proj.weight.flatten(1))

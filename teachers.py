@@ -40,6 +40,7 @@ import training
 from metrics.scores import cohen_kappa
 from metrics.text import tf_idf
 from paper_tables import FIVE, SHORT, TABLE_2
+from records import require_folder
 
 OF_THE_PAPER = {name.lower(): figures for name, figures in TABLE_2.items() if name != "Ours"}
 UNCERTAIN = (-1, "uncertain")
@@ -328,6 +329,8 @@ def run(args):
     """-> the object of `measure`; prints the tables."""
     if args.samples < 1:
         raise ValueError(f"--samples {args.samples}: expected at least 1")
+    if args.output:
+        require_folder(args.output)
     task = data.load_task(args.task_file)
     studies = data.read_studies(args.studies, task, args.split)
     if not data.keep_teachers(studies, args.teachers):

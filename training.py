@@ -67,7 +67,10 @@ def process_group(name):
         for bar in list(getattr(tqdm, "_instances", [])):
             bar.close()  # or the message would stand on the bar's line
         if isinstance(error, (ValueError, OSError, FloatingPointError, SafetensorError)):
-            error = SystemExit(f"{name}: {f'rank {rank()}: ' if world() > 1 else ''}{error}")
+            what = str(error).rpartition("\nValueError: ")[2].strip()  # of a loader's process, whose message is its traceback, the last line
+            error = SystemExit(f"{name}: {f'rank {rank()}: ' if world() > 1 else ''}{what}")
+        elif isinstance(error, SystemExit) and isinstance(error.code, str):
+            error = SystemExit(f"{name}: {error.code}")
         elif isinstance(error, RuntimeError) and (isinstance(error, dist.DistBackendError) or "gloo" in str(error)):
             time.sleep(2)  # torchrun names the rank that it sees end first, and this is not the one
             error = SystemExit(f"{name}: rank {rank()} stops, since another rank was lost; the same command goes on")

@@ -24,7 +24,7 @@ def read(path):
         line = error.object[:error.start].count(b"\n") + 1
         raise ValueError(f"{path}:{line}: not UTF-8 (byte {error.object[error.start]:#04x})") from None
     if not text.strip():
-        raise ValueError(f"{path}: empty")
+        raise ValueError(f"{path}: empty, expected a text a line, or {{id: [texts]}} in a .json")
     if path.suffix != ".json":
         return {number: [line] for number, line in enumerate(text.removesuffix("\n").split("\n"), 1)}
 
@@ -49,7 +49,7 @@ def read_both(hypotheses, references):
         raise ValueError(f"{hypotheses} and {references}: either both are .json or both are text")
     ours, theirs = read(hypotheses), read(references)
     if hypotheses.suffix != ".json" and len(ours) != len(theirs):
-        raise ValueError(f"{hypotheses} has {len(ours)} lines, {references} has {len(theirs)}")
+        raise ValueError(f"{hypotheses} has {len(ours)} lines, {references} has {len(theirs)}, expected line i against line i")
     try:
         check(ours, theirs)
     except ValueError as error:
@@ -97,7 +97,7 @@ def main():
     try:
         values = score(args)
     except (OSError, ValueError) as error:
-        raise SystemExit(f"error: {error}") from None
+        raise SystemExit(f"metrics: {error}") from None
     if args.json:
         print(json.dumps(values))
 

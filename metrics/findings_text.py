@@ -8,7 +8,8 @@ from . import findings_phrases as vocabulary
 _SKIPPED, _SECTION = re.compile(vocabulary.SKIPPED_SECTIONS), re.compile(f"{vocabulary.SKIPPED_SECTIONS}|{vocabulary.OTHER_SECTIONS}")
 _SIDES = re.compile(r"\b(left|right) ?: *(\w+ ?), ?(left|right) ?:", re.IGNORECASE)
 _BULLET = re.compile(r"^(?:[-*•+–·]|\(?\d{1,2}[.)])\s+|^(?=[✓✔✅❌✗✘])")
-_SENTENCE_END = re.compile(r"(?:[.!]|(?<=\S)\?)[.!?]*[\"')\]*_]*(?=\s|$)|(?<=[a-z]{3})\.(?=[A-Z])")
+# its first character begins a run of .!? so that a long one is looked at once
+_SENTENCE_END = re.compile(r"(?<![.!?])(?:[.!]|\?(?=[.!?])|(?<=\S)\?)[.!?]*[\"')\]*_]*(?=\s|$)|(?<=[a-z]{3})\.(?=[A-Z])")
 _ABBREVIATION = re.compile(r"(?:^|[\s(])(?:dr|mr|mrs|ms|vs|e\.g|i\.e|cf|approx|st)$", re.IGNORECASE)
 _LABEL_END = re.compile(r":(?=[\s*_]|$)|\s[-–—]+\s|—")
 _SPELLINGS = [(re.compile(pattern), new) for pattern, new in (

@@ -414,7 +414,7 @@ def test_a_second_run_on_the_same_output_is_refused(start, films, tmp_path):
         write_endpoints(tmp_path, {"a": (chat, {})})
         first = launch(tmp_path, films, "--limit", 4)
         wait_for(lambda: chat.in_flight == 4)
-        with pytest.raises(SystemExit, match="another run writes it"):
+        with pytest.raises(ValueError, match="another run writes it"):
             start({"a": (chat, {})})
         gate.set()
         assert first.wait()[0] == 0

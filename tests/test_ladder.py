@@ -75,12 +75,13 @@ def test_a_stopped_ladder_goes_on_and_ends_the_same(ladder):
 def test_a_chain_that_fails_names_its_log(ladder, tmp_path):
     shutil.copytree(ladder[0], tmp_path / "copy")
     (tmp_path / "copy" / "nuisance-0" / "world" / "task.json").write_text("{")
-    with pytest.raises(RuntimeError, match=r"nuisance-0: ValueError: .*task\.json.*chain\.log"):
+    with pytest.raises(ValueError, match=r"nuisance-0: ValueError: .*task\.json.*chain\.log"):
         demo_ladder.ladder(mini(tmp_path / "copy"))
+    assert "load_task" in (tmp_path / "copy" / "nuisance-0" / "chain.log").read_text()
 
 
 def test_beta_needs_a_ladder_and_draws_a_figure(ladder, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match="run first: python demo.py ladder"):
+    with pytest.raises(ValueError, match="run first: python demo.py ladder"):
         demo_beta.beta(mini(tmp_path))
     out, _ = ladder
     monkeypatch.setattr(demo_beta, "BETAS", (2.0, 0.5))

@@ -97,7 +97,7 @@ def test_a_last_line_without_line_end_crlf_and_a_byte_order_mark(copied, tmp_pat
 
 
 @pytest.mark.parametrize("hypotheses, references, message", [
-    (["x", "y"], ["x"], "hyp.txt has 2 lines, {}ref.txt has 1"),
+    (["x", "y"], ["x"], "hyp.txt has 2 lines, {}ref.txt has 1, expected line i against line i"),
     ({"a": ["x"]}, {"b": ["x"]}, "hyp.json and {}ref.json: 1 ids without reference, the first is 'a'"),
     ({"a": ["x"]}, {"a": ["x"], "b": ["x"]}, "hyp.json and {}ref.json: 1 ids without hypothesis, the first is 'b'"),
     ({"a": ["x", "y"]}, {"a": ["x"]}, "hyp.json and {}ref.json: 'a' has 2 hypotheses instead of one"),
@@ -105,14 +105,14 @@ def test_a_last_line_without_line_end_crlf_and_a_byte_order_mark(copied, tmp_pat
     ({"a": "x"}, {"a": ["x"]}, "hyp.json and {}ref.json: 'a': the hypothesis must be a list of strings"),
     ({"a": ["x"]}, ["x"], "hyp.json and {}ref.txt: either both are .json or both are text"),
     ({}, {"a": ["x"]}, "hyp.json: not JSON of the form {{id: [texts]}}"),
-    (["x"], [], "ref.txt: empty"),
-    (["x"], b" \n\n", "ref.txt: empty"),
+    (["x"], [], "ref.txt: empty, expected a text a line, or {{id: [texts]}} in a .json"),
+    (["x"], b" \n\n", "ref.txt: empty, expected a text a line, or {{id: [texts]}} in a .json"),
     (["x", "y"], b"fine\nna\xefve\n", "ref.txt:2: not UTF-8 (byte 0xef)"),
 ])
 def test_bad_input_is_named(copied, tmp_path, hypotheses, references, message):
     done = python(copied, "-m", "metrics", *write(tmp_path, hypotheses, references), "--json")
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr == f"error: {tmp_path}/{message.format(f'{tmp_path}/')}\n"
+    assert done.stderr == f"metrics: {tmp_path}/{message.format(f'{tmp_path}/')}\n"
 
 
 @pytest.mark.parametrize("content, message", [
@@ -125,7 +125,7 @@ def test_bad_json_is_named(copied, tmp_path, content, message):
     (tmp_path / "hyp.json").write_bytes(content)
     (tmp_path / "ref.json").write_text('{"a": ["x"]}')
     done = python(copied, "-m", "metrics", tmp_path / "hyp.json", tmp_path / "ref.json")
-    assert done.returncode == 1 and done.stderr.startswith(f"error: {tmp_path}/hyp.json: ") and message in done.stderr
+    assert done.returncode == 1 and done.stderr.startswith(f"metrics: {tmp_path}/hyp.json: ") and message in done.stderr
     assert done.stderr.count("\n") == 1
 
 

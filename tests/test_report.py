@@ -288,12 +288,15 @@ def test_the_gallery_shows_films_and_every_text(full):
 def test_a_film_that_cannot_be_shown_is_named(tmp_path, world):
     flags = write_inputs(tmp_path, world)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG not a picture")
+    Image.new("1", (8001, 8000)).save(tmp_path / "large.png")
     Image.fromarray((np.arange(64 * 64).reshape(64, 64)).astype(np.uint16)).save(tmp_path / "deep.png")
-    rows = [{"id": str(i), "image": image} for i, image in enumerate(["../outside.png", "missing.png", "broken.png", ["deep.png", "deep.png"]])]
+    rows = [{"id": str(i), "image": image} for i, image in enumerate(["../outside.png", "missing.png", "broken.png", "large.png",
+                                                                         ["deep.png", "deep.png"]])]
     (tmp_path / "studies.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     page, _ = make(tmp_path, flags[0], f"--studies={tmp_path / 'studies.jsonl'}", f"--images={tmp_path}")
     text = Checked(page).text()
     assert "../outside.png: no readable image: lies outside --images" in text
+    assert "large.png: no readable image: 8001 x 8000 pixels, expected at most 64,000,000" in text
     assert "missing.png: no such file" in text and "broken.png: no readable image" in text
     assert page.count("data:image/jpeg;base64,") == 2
 

@@ -20,6 +20,7 @@ import data  # noqa: E402
 import evaluate  # noqa: E402
 import student  # noqa: E402
 import training  # noqa: E402
+from records import require_folder  # noqa: E402
 
 
 def parse(argv=None):
@@ -29,11 +30,12 @@ def parse(argv=None):
     parser.add_argument("--images", default=".", help="folder that the image paths are relative to (default: %(default)s)")
     parser.add_argument("--task_file", help="task.json; without it MIMIC-CXR's 14 findings")
     parser.add_argument("--split", default="test", help="which studies (default: %(default)s)")
-    parser.add_argument("--limit", type=int, help="only the first so many studies (default: all)")
+    parser.add_argument("--limit", type=training.at_least_one, help="only the first so many studies (default: all)")
     parser.add_argument("--output", required=True, help="file to write")
-    parser.add_argument("--max_pixels", type=int, default=1024 * 28 * 28, help="pixels per image, 784 make a token (default: %(default)s)")
-    parser.add_argument("--max_new_tokens", type=int, default=1024, help="tokens of an answer (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=32, help="studies per forward (default: %(default)s)")
+    parser.add_argument("--max_pixels", type=training.at_least_one, default=1024 * 28 * 28,
+                        help="pixels per image, 784 a token (default: %(default)s)")
+    parser.add_argument("--max_new_tokens", type=training.at_least_one, default=1024, help="tokens of an answer (default: %(default)s)")
+    parser.add_argument("--batch_size", type=training.at_least_one, default=32, help="studies per forward (default: %(default)s)")
     parser.add_argument("--num_workers", type=int, default=0, help="processes per rank that load images (default: %(default)s)")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="weights in bf16")
     return parser.parse_args(argv)
@@ -41,6 +43,8 @@ def parse(argv=None):
 
 def run(args):
     """Writes the file -> {id: text}."""
+    require_folder(args.output)
+    student.require_family(args.student)
     task = data.load_task(args.task_file)
     studies = data.read_studies(args.studies, task, args.split)[:args.limit]
     encoder = data.Encoder(args.student, task, args.images, args.max_pixels)

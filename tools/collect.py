@@ -36,6 +36,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 import endpoint as endpoints  # noqa: E402
+from records import line_of, writing  # noqa: E402
 
 IN_A_ROW = 10  # so many failed requests, and a teacher is not asked any more
 
@@ -138,6 +139,16 @@ class Purse:
 
 # ------------------------------------------------------------------------------------------------------- the answers
 
+def read_answers(path):
+    """The rows of an OUT.answers.jsonl. Raises ValueError naming file and line."""
+    rows = []
+    for line, row in data.read_jsonl(path):
+        if not all(isinstance(row.get(key), str) for key in ("id", "teacher", "status", *(["text"] * (row.get("status") == "answered")))):
+            raise ValueError(f'{path}:{line}: expected "id", "teacher", "status" and, if answered, "text"')
+        rows.append(row)
+    return rows
+
+
 class Answers:
     """OUT.answers.jsonl: locked, its torn end repaired, read, appended to. A line is there whole or not at all."""
 
@@ -147,7 +158,7 @@ class Answers:
         try:
             fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however the process ends
         except BlockingIOError:
-            raise SystemExit(f"{self.path}: another run writes it; wait for it or choose another --out") from None
+            raise ValueError(f"{self.path}: another run writes it; wait for it or choose another --out") from None
         content = self.path.read_bytes()
         if torn := content[content.rfind(b"\n") + 1:]:
             try:
@@ -156,11 +167,7 @@ class Answers:
             except ValueError:
                 os.ftruncate(self.file, len(content) - len(torn))
                 print(f"{self.path}: the last line was torn and is removed; what it held is asked again", file=sys.stderr)
-        self.rows = []
-        for line, row in data.read_jsonl(self.path):
-            if not all(isinstance(row.get(key), str) for key in ("id", "teacher", "status", *(["text"] * (row.get("status") == "answered")))):
-                raise ValueError(f'{self.path}:{line}: expected "id", "teacher", "status" and, if answered, "text"')
-            self.rows.append(row)
+        self.rows = read_answers(self.path)
 
     def write(self, row):
         line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
@@ -185,16 +192,12 @@ def merge(path, records, rows, names):
     for row in rows:
         if row["status"] == "answered":
             answers.setdefault(row["id"], {})[row["teacher"]] = row["text"]
-    temporary = Path(path).with_name(f".tmp-{Path(path).name}")
-    with open(temporary, "w", encoding="utf-8") as file:
+    with writing(path) as file:
         for record in records:
             new, old = answers.get(record["id"], {}), record.get("trajectories", {})
             merged = {**old, **{name: new[name] for name in names if name in new and name not in old}}
             count += len(merged) - len(old)
-            file.write(json.dumps({**record, "trajectories": merged} if merged or "trajectories" in record else record, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
+            file.write(line_of({**record, "trajectories": merged} if merged or "trajectories" in record else record))
     return count
 
 
@@ -386,7 +389,7 @@ def run(args):
     if out.exists() and not path.exists() and out.resolve() != Path(args.studies).resolve() and not args.dry_run:
         raise ValueError(f"{out}: exists and was not written by this command, expected another --out")
     if args.dry_run:  # reads what is there without claiming or repairing it
-        rows = [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1] if line] if path.exists() else []
+        rows = read_answers(path) if path.exists() else []
     else:
         answers = Answers(path)
         rows = answers.rows
@@ -426,10 +429,11 @@ def run(args):
 
 
 def main():
+    args = parse()
     try:
-        status = run(parse())
+        status = run(args)
     except (ValueError, OSError) as error:
-        raise SystemExit(f"{error}") from None
+        raise SystemExit(f"collect: {error}") from None
     raise SystemExit(status)
 
 

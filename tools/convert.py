@@ -23,7 +23,6 @@ of a study become N independent rows, DPO takes the place of Eq. 11, and the wei
 """
 
 import argparse
-import csv
 import json
 import re
 import sys
@@ -33,8 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm  # noqa: E402
 
+import benchmarks  # noqa: E402
 import data  # noqa: E402
-from records import faults, line_of, read_jsonl, writing  # noqa: E402
+from records import faults, line_of, read_json, read_jsonl, writing  # noqa: E402
 
 FIELDS = ("id", "image", "split", "report")
 
@@ -42,17 +42,16 @@ FIELDS = ("id", "image", "split", "report")
 def objects(path):
     """Yields (place, object) of a .jsonl, .json or .csv; the place is 'file:line', or 'file[index]' in a .json."""
     if path.endswith(".csv"):
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restkey=None)
-            for row in reader:
-                if None in row or None in row.values():
-                    raise ValueError(f"{path}:{reader.line_num}: expected {len(reader.fieldnames)} fields")
-                yield f"{path}:{reader.line_num}", {key: value for key, value in row.items() if value != ""}
+        lines = benchmarks.table(path)
+        head = next(lines, (1, []))[1]
+        if len(set(head)) < len(head):
+            raise ValueError(f"{path}:1: expected each column once, found {', '.join(map(repr, head))}")
+        for line, row in lines:
+            if len(row) != len(head):
+                raise ValueError(f"{path}:{line}: expected {len(head)} fields")
+            yield f"{path}:{line}", {key: value for key, value in zip(head, row) if value != ""}
     elif path.endswith(".json"):
-        try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{path}: not a JSON file: {error}") from None
+        content = read_json(path)
         if not isinstance(content, list):
             raise ValueError(f"{path}: expected a list of objects, found {type(content).__name__}")
         yield from ((f"{path}[{at}]", item) for at, item in enumerate(content))
@@ -62,10 +61,7 @@ def objects(path):
 
 def read_mapping(path):
     """Raises ValueError naming the file and what was expected."""
-    try:
-        mapping = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path}: not a JSON file: {error}") from None
+    mapping = read_json(path)
 
     def expect(condition, what):
         if not condition:
@@ -97,7 +93,7 @@ def get(item, field):
     for step in path.split("."):
         if isinstance(item, dict):
             item = item.get(step)
-        elif isinstance(item, list) and step.isdigit() and int(step) < len(item):
+        elif isinstance(item, list) and re.fullmatch("[0-9]{1,9}", step) and int(step) < len(item):
             item = item[int(step)]
         else:
             return None
@@ -121,7 +117,8 @@ def convert(item, mapping):
     record["labels"] = {} if labels is None else labels
     texts = mapping["trajectories"]
     if set(texts) == {"teacher", "text"}:
-        texts = {get(item, texts["teacher"]): get(item, texts["text"])}
+        teacher = get(item, texts["teacher"])
+        texts = {None if isinstance(teacher, (dict, list)) else teacher: get(item, texts["text"])}
     else:
         texts = {teacher: text for teacher, field in texts.items() if (text := get(item, field)) is not None}
     record["trajectories"] = texts
@@ -163,9 +160,7 @@ def studies(args):
 
 def preferences(study, task, images, prompt):
     """The rows of a study, one for each teacher that answered. TRL puts the images before the text of the user's message, as the stages do."""
-    for path in study.images:
-        with data.open_image(path, images):
-            pass
+    data.require_images([study], images)
     said = lambda role, text: {"role": role, "content": text}
     system = [said("system", task.prompts["system"])] if task.prompts["system"] else []
     for teacher, text in study.trajectories.items():

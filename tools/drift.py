@@ -68,6 +68,7 @@ import reference  # noqa: E402
 import student  # noqa: E402
 import teachers  # noqa: E402
 import training  # noqa: E402
+from records import require_folder  # noqa: E402
 
 CHUNK = 25  # permutations whose sums are taken in one matrix product
 
@@ -81,7 +82,8 @@ def ordered(studies, key, path):
         if isinstance(value, bool) or not isinstance(value, (int, float, str)):
             raise ValueError(f"{path}: study {study.id!r} has {key!r}: {value!r}, expected a number or a text to order by")
         if isinstance(value, str) != isinstance(studies[0].record[key], str):
-            raise ValueError(f"{path}: {key!r} is a text in one of the studies {studies[0].id!r} and {study.id!r} and a number in the other")
+            raise ValueError(f"{path}: {key!r} is a text in one of the studies {studies[0].id!r} and {study.id!r} and a number in the other, "
+                             "expected one of them in all")
     return sorted(studies, key=lambda study: study.record[key])
 
 
@@ -318,6 +320,8 @@ def table(result):
 
 def run(args):
     """-> the object of drift.json; prints the table."""
+    if args.output:
+        require_folder(args.output)
     task = data.load_task(args.task_file)
     studies = data.read_studies(args.studies, task, args.split)
     names = data.keep_teachers(studies, args.teachers)
@@ -326,6 +330,8 @@ def run(args):
     if args.order_by:
         studies = ordered(studies, args.order_by, args.studies)
     blocks(len(studies), args.step, args.window)
+    if args.student:
+        student.require_family(args.student)
     on = args.on or ("errors" if any(study.labels for study in studies) else "findings")
     x = columns(studies, names, task, on, args.num_workers)
     if args.student:
@@ -345,7 +351,11 @@ def run(args):
 
 
 def main():
-    run(parse())
+    args = parse()
+    try:
+        run(args)
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"drift: {error}") from None
 
 
 if __name__ == "__main__":

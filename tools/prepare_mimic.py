@@ -18,6 +18,7 @@ MIMIC-CXR's films: its patients are left out of the training split, with or with
 import argparse
 import hashlib
 import json
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -27,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tqdm import tqdm  # noqa: E402
 
 import data  # noqa: E402
-from benchmarks import chexpert_labels, find, mimic_image, number, report_sections, rows  # noqa: E402
+from benchmarks import chexpert_labels, find, mimic_image, number, read_text, report_sections, rows  # noqa: E402
 from records import line_of, writing  # noqa: E402
 
 SPLITS = ("train", "validate", "test")
@@ -47,6 +48,8 @@ def films(root):
         if split_of.setdefault(subject, split) != split:
             raise ValueError(f"{where}: subject {subject} is in {split_of[subject]} and in {split}, expected one split for each patient")
         found = studies.setdefault((subject, study), (split, []))[1]
+        if not re.fullmatch(r"[\w.-]+", row["dicom_id"]):  # it becomes a path, and a line of OUT.images.txt
+            raise ValueError(f"{where}: dicom_id {row['dicom_id']!r}, expected letters, digits and hyphens")
         if views.get(row["dicom_id"]) in VIEWS:
             found.append((VIEWS.index(views[row["dicom_id"]]), row["dicom_id"]))
     return {key: (split, min(found)[1] if found else None) for key, (split, found) in sorted(studies.items())}
@@ -67,7 +70,7 @@ def read_report(folder, subject, study, section):
     file = folder / f"p{subject[:2]}" / f"p{subject}" / f"s{study}.txt"
     if not file.is_file():
         return None
-    sections = report_sections(file.read_text(encoding="utf-8"))
+    sections = report_sections(read_text(file))
     wanted = ("findings", "impression") if section == "both" else (section,)
     return " ".join(" ".join(sections[name].split()) for name in wanted if name in sections)
 

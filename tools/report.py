@@ -19,7 +19,6 @@ import argparse
 import base64
 import io
 import json
-import os
 import sys
 from pathlib import Path
 
@@ -31,6 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/ surrou
 from charts import Markup, bars, join, lines, matrix, number, panels, scroll, show, table, tag  # noqa: E402
 
 from paper_tables import FIVE, TABLE_2, TABLE_5  # noqa: E402
+from records import writing  # noqa: E402
 
 FINAL = "SPD, all teachers + APO"  # Table 2's 'Ours'
 SHORT = dict(zip(FIVE, ("Con.", "PE", "Pna.", "Pnx.", "Ede.")))
@@ -120,6 +120,8 @@ def film(path, root, side=448):
         file = (Path(root) / path).resolve()
         if not file.is_relative_to(Path(root).resolve()):
             raise ValueError("lies outside --images")
+        if file.exists() and not file.is_file():  # a pipe would keep who opens it waiting for ever
+            raise ValueError("no regular file")
         with Image.open(file, formats=("JPEG", "PNG", "TIFF", "BMP", "WEBP")) as image:
             if image.width * image.height > 64_000_000:
                 raise ValueError(f"{image.width} x {image.height} pixels, expected at most 64,000,000")
@@ -397,22 +399,18 @@ def run(args):
     settings = results.get("settings") if isinstance(results.get("settings"), dict) else {}
     settings = {key: value for key, value in settings.items() if value is not None and key not in ("sha256", "json", "output")}
     content = page(args.title, settings, sections, left_out)
-    out = Path(args.out)
-    temporary = out.with_name(f".tmp-{out.name}")
-    with open(temporary, "w", encoding="utf-8", newline="\n") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, out)
-    print(f"{out}: {len(content.encode()) / 1024:.0f} KiB" + "".join(f"\nleft out: {sentence}" for sentence in left_out))
+    with writing(args.out) as file:
+        file.write(content.encode("utf-8"))
+    print(f"{args.out}: {len(content.encode()) / 1024:.0f} KiB" + "".join(f"\nleft out: {sentence}" for sentence in left_out))
     return left_out
 
 
 def main():
+    args = parse()
     try:
-        run(parse())
+        run(args)
     except (ValueError, OSError) as error:
-        raise SystemExit(str(error)) from None
+        raise SystemExit(f"report: {error}") from None
 
 
 if __name__ == "__main__":
