@@ -68,6 +68,7 @@ from tqdm import tqdm  # noqa: E402
 
 import checkpoint  # noqa: E402
 import data  # noqa: E402
+import flags  # noqa: E402
 import reference  # noqa: E402
 import student  # noqa: E402
 import training  # noqa: E402
@@ -81,7 +82,7 @@ PRESETS = {
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training.add_training_arguments(parser)
+    flags.add_training_arguments(parser)
     g = parser.add_argument_group("this stage")
     g.add_argument("--positives", help="positives.jsonl of stage 2")
     g.add_argument("--beta", type=float, default=0.1, help="Eq. 8; smaller goes further from pi_st (default: %(default)s)")
@@ -90,7 +91,7 @@ def parse(argv=None):
                    help="log pi_st once before training, or in every step (default: %(default)s)")
     g.add_argument("--length_norm", action=argparse.BooleanOptionalAction, default=False, help="mean instead of sum over tokens")
     g.add_argument("--nll_alpha", type=float, default=0.0, help="adds this times the NLL of t+ per token (default: %(default)s)")
-    return training.parse(parser, PRESETS, argv)
+    return flags.parse(parser, PRESETS, argv)
 
 
 def teacher_weights(flag, names):
@@ -118,7 +119,7 @@ def warnings_of(line, names, progress):
 
 
 def run(args):
-    training.require(args, student="stage 1 makes pi_st: spd.py --studies ... --output_dir runs/spd, in runs/spd/student",
+    flags.require(args, student="stage 1 makes pi_st: spd.py --studies ... --output_dir runs/spd, in runs/spd/student",
                      positives="stage 2 makes them: selfdistill.py --studies ... --student runs/spd/student --output_dir runs/positives")
     device = training.init()
     train = student.parse_train(args.train)

@@ -26,6 +26,7 @@ import torch
 
 import benchmarks
 import data
+import flags
 import paper_tables
 import questions
 import results
@@ -358,15 +359,15 @@ def run_ablation(args):
 def add_student_arguments(p, answers=True):
     """The flags of all commands that ask a student, and those of its answers."""
     p.add_argument("--student", action="append", required=True, help="NAME=FOLDER or FOLDER (or a hub id); may be given several times")
-    p.add_argument("--max_pixels", type=training.at_least_one, default=1024 * 28 * 28, help="pixels per image, 784 a token (default: %(default)s)")
+    p.add_argument("--max_pixels", type=flags.at_least_one, default=1024 * 28 * 28, help="pixels per image, 784 a token (default: %(default)s)")
     p.add_argument("--num_workers", type=int, default=0, help="processes per rank that load images (default: %(default)s)")
     p.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="weights in bf16")
     p.add_argument("--strict", action="store_true", help="exit with 1 if anything is missing")
     p.add_argument("--output", help="results.json to write; the same command goes on where it stopped")
     p.add_argument("--json", action="store_true", help="end with one line of JSON")
     if answers:
-        p.add_argument("--max_new_tokens", type=training.at_least_one, default=1024, help="tokens of an answer (default: %(default)s)")
-        p.add_argument("--batch_size", type=training.at_least_one, default=32, help="studies per forward of generated answers (default: %(default)s)")
+        p.add_argument("--max_new_tokens", type=flags.at_least_one, default=1024, help="tokens of an answer (default: %(default)s)")
+        p.add_argument("--batch_size", type=flags.at_least_one, default=32, help="studies per forward of generated answers (default: %(default)s)")
         p.add_argument("--seed", type=int, default=0, help="of the sampled answers and the bootstrap (default: %(default)s)")
         p.add_argument("--split", default="test", help="which studies: train, validate, test (default: %(default)s)")
 

@@ -40,6 +40,7 @@ from tqdm import tqdm
 import checkpoint
 import data
 import endpoint
+import flags
 import student
 import training
 from records import shown
@@ -55,21 +56,21 @@ PRESETS = {
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training.add_data_arguments(parser)
+    flags.add_data_arguments(parser)
     g = parser.add_argument_group("sampling")
     g.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
     g.add_argument("--top_p", type=float, default=1.0, help="nucleus mass (default: %(default)s)")
-    g.add_argument("--max_new_tokens", type=training.at_least_one, default=1024, help="tokens (default: %(default)s)")
-    g.add_argument("--batch_size", type=training.at_least_one, default=32, help="studies per forward (default: %(default)s)")
-    g.add_argument("--attempts", type=training.at_least_one, default=4, help="samples until a study is dropped (default: %(default)s)")
+    g.add_argument("--max_new_tokens", type=flags.at_least_one, default=1024, help="tokens (default: %(default)s)")
+    g.add_argument("--batch_size", type=flags.at_least_one, default=32, help="studies per forward (default: %(default)s)")
+    g.add_argument("--attempts", type=flags.at_least_one, default=4, help="samples until a study is dropped (default: %(default)s)")
     g.add_argument("--resume", choices=("auto", "must", "never"), default="auto", help="go on with what is written (default: %(default)s)")
     g = parser.add_argument_group("a server that samples in the student's place")
     g.add_argument("--server", help="URL of an OpenAI-compatible server of pi_st, as http://localhost:8000 (default: --student, loaded here)")
     g.add_argument("--server_model", help="the name that it serves pi_st by (default: its only model)")
-    g.add_argument("--server_concurrency", type=training.at_least_one, default=64, help="requests in flight, per rank (default: %(default)s)")
+    g.add_argument("--server_concurrency", type=flags.at_least_one, default=64, help="requests in flight, per rank (default: %(default)s)")
     g.add_argument("--server_key_env", help="name of the environment variable that holds its key (default: it wants none)")
     g.add_argument("--i_have_permission", action="store_true", help="images may go to a server on another machine")
-    return training.parse(parser, PRESETS, argv)
+    return flags.parse(parser, PRESETS, argv)
 
 
 def fault(text, finish, task=None):
@@ -180,7 +181,7 @@ def statistics(studies, records, task):
 
 def run(args):
     server, hint = None, "stage 1 makes pi_st: spd.py --studies ... --output_dir runs/spd, in runs/spd/student"
-    training.require(args, **({} if args.server else {"student": hint}))
+    flags.require(args, **({} if args.server else {"student": hint}))
     args.sampled_by = "server" if args.server else "student"
     if args.server:
         key = endpoint.read_key(args.server_key_env) if args.server_key_env else None

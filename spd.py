@@ -29,6 +29,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import flags
 import student
 import training
 
@@ -42,13 +43,13 @@ PRESETS = {
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    training.add_training_arguments(parser)
+    flags.add_training_arguments(parser)
     g = parser.add_argument_group("this stage")
     g.add_argument("--trajectories_per_study", type=int, default=0, help="drawn anew for each study and epoch; 0: all (default: %(default)s)")
     g.add_argument("--replay", help="jsonl of studies with trajectories and t_plus: rows that keep alive the skill of Eq. 7 (scale model)")
     g.add_argument("--replay_rows", type=int, default=3, help="replay rows per step (default: %(default)s)")
     g.add_argument("--replay_weight", type=float, default=0.5, help="of their loss (default: %(default)s)")
-    return training.parse(parser, PRESETS, argv)
+    return flags.parse(parser, PRESETS, argv)
 
 
 def choose_teachers(study, names, count, seed, epoch):
@@ -61,7 +62,7 @@ def choose_teachers(study, names, count, seed, epoch):
 
 
 def run(args):
-    training.require(args, student="name a Qwen2.5-VL folder or hub id, such as Qwen/Qwen2.5-VL-7B-Instruct")
+    flags.require(args, student="name a Qwen2.5-VL folder or hub id, such as Qwen/Qwen2.5-VL-7B-Instruct")
     device = training.init()
     train = student.parse_train(args.train)
     task = data.load_task(args.task_file)

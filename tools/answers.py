@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/ surrou
 import checkpoint  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
+import flags  # noqa: E402
 import student  # noqa: E402
 import training  # noqa: E402
 from records import require_folder  # noqa: E402
@@ -30,12 +31,12 @@ def parse(argv=None):
     parser.add_argument("--images", default=".", help="folder that the image paths are relative to (default: %(default)s)")
     parser.add_argument("--task_file", help="task.json; without it MIMIC-CXR's 14 findings")
     parser.add_argument("--split", default="test", help="which studies (default: %(default)s)")
-    parser.add_argument("--limit", type=training.at_least_one, help="only the first so many studies (default: all)")
+    parser.add_argument("--limit", type=flags.at_least_one, help="only the first so many studies (default: all)")
     parser.add_argument("--output", required=True, help="file to write")
-    parser.add_argument("--max_pixels", type=training.at_least_one, default=1024 * 28 * 28,
+    parser.add_argument("--max_pixels", type=flags.at_least_one, default=1024 * 28 * 28,
                         help="pixels per image, 784 a token (default: %(default)s)")
-    parser.add_argument("--max_new_tokens", type=training.at_least_one, default=1024, help="tokens of an answer (default: %(default)s)")
-    parser.add_argument("--batch_size", type=training.at_least_one, default=32, help="studies per forward (default: %(default)s)")
+    parser.add_argument("--max_new_tokens", type=flags.at_least_one, default=1024, help="tokens of an answer (default: %(default)s)")
+    parser.add_argument("--batch_size", type=flags.at_least_one, default=32, help="studies per forward (default: %(default)s)")
     parser.add_argument("--num_workers", type=int, default=0, help="processes per rank that load images (default: %(default)s)")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(), help="weights in bf16")
     return parser.parse_args(argv)
