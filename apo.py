@@ -27,7 +27,8 @@ def response_logps(logits, labels):
     """log pi(t | v, l) of whole responses, the plain form.
 
     logits (B, T, V) of the model; labels (B, T) the input ids, with -100 off the response. logits[:, t] predicts labels[:, t + 1].
-    -> (B,) fp32, summed over the response's tokens.
+    -> (B,) fp32, summed over the response's tokens. The stages compute the same by PackedStudent.logps, for a study's 1+N responses at
+    once; this is the form to read, to check that by (tests/test_packed.py), and to copy.
     """
     logits, labels = logits[:, :-1].float(), labels[:, 1:]
     logps = logits.log_softmax(-1).gather(-1, labels.clamp(min=0)[..., None])[..., 0]  # (B, T-1)
@@ -37,23 +38,25 @@ def response_logps(logits, labels):
 def apo_loss(logps, ref_logps, weights=None, mask=None, beta=0.1):
     """Eq. 11 for B studies with N teachers: one preferred response against N weighted ones.
 
-    logps, ref_logps (B, 1+N): sequence log-probs under pi_theta and under the frozen pi_st; column 0 is t+, columns 1.. the teachers.
-    weights (N,) or (B, N): w_u >= 0, None means 1. mask (B, N) bool: False where a teacher is absent (reward 0, gradient exactly 0).
-    -> losses (B,), rewards (B, 1+N) detached. N = 1, w = 1 is DPO; w = 1 is S-DPO.
-    Raises ValueError for a negative or non-finite weight and for a study without any teacher.
+    logps, ref_logps (B, 1+N) fp32: sequence log-probs under pi_theta and under the frozen pi_st; column 0 is t+, columns 1.. the teachers
+    (bf16 would round a log-prob of -400 to whole nats). weights (N,) or (B, N): w_u >= 0, None means 1. mask (B, N) bool: False where a
+    teacher is absent (reward 0, gradient exactly 0). -> losses (B,), rewards (B, 1+N) detached. N = 1, w = 1 is DPO; w = 1 is S-DPO.
+    Raises ValueError for other shapes, a negative or non-finite weight and a study without any teacher.
     """
-    B, N = logps.shape[0], logps.shape[1] - 1
+    B, N = logps.shape[0], logps.shape[-1] - 1
     mask = torch.ones(B, N, dtype=torch.bool, device=logps.device) if mask is None else mask
+    if not logps.shape == ref_logps.shape == (B, 1 + N) or mask.shape != (B, N) or mask.dtype != torch.bool:
+        raise ValueError("expected logps and ref_logps (B, 1+N) and mask (B, N) bool")
     weights = torch.ones(N, device=logps.device) if weights is None else torch.as_tensor(weights, device=logps.device)
     if not ((weights >= 0) & (weights < float("inf"))).all():
         raise ValueError("weights: expected finite w_u >= 0")
     if not mask.any(dim=1).all():
         raise ValueError("mask: expected at least one teacher in every row")
     present = torch.cat([torch.ones_like(mask[:, :1]), mask], dim=1)  # t+ is always there
-    log_ratios = torch.where(present, logps, 0) - torch.where(present, ref_logps, 0)
+    log_ratios = torch.where(present, logps, 0) - torch.where(present, ref_logps, 0)  # an absent column may hold anything, also NaN
     rewards = beta * log_ratios                                                                                 # Eq. 8
     log_w = weights.to(logps.dtype).expand(B, N).log().masked_fill(~mask, float("-inf"))
-    log_z = torch.logsumexp(torch.cat([rewards[:, :1], rewards[:, 1:] + log_w], dim=1), dim=1)
+    log_z = torch.logsumexp(torch.cat([rewards[:, :1], rewards[:, 1:] + log_w], dim=1), dim=1)                  # Eq. 9's denominator
     losses = log_z - rewards[:, 0]                                      # Eq. 11: -log of Eq. 9, whose mean over B is Eq. 10
     return losses, rewards.detach()
 
@@ -69,6 +72,7 @@ from tqdm import tqdm  # noqa: E402
 import checkpoint  # noqa: E402
 import data  # noqa: E402
 import flags  # noqa: E402
+import ranks  # noqa: E402
 import reference  # noqa: E402
 import student  # noqa: E402
 import training  # noqa: E402
@@ -85,7 +89,7 @@ def parse(argv=None):
     flags.add_training_arguments(parser)
     g = parser.add_argument_group("this stage")
     g.add_argument("--positives", help="positives.jsonl of stage 2")
-    g.add_argument("--beta", type=float, default=0.1, help="Eq. 8; smaller goes further from pi_st (default: %(default)s)")
+    g.add_argument("--beta", type=flags.above_zero, default=0.1, help="Eq. 8; smaller goes further from pi_st (default: %(default)s)")
     g.add_argument("--teacher_weights", help="NAME=W,... for w_u of Eq. 9 (others 1), or 'normalised': sum 1 over those present")
     g.add_argument("--reference", choices=("cached", "online"), default="cached",
                    help="log pi_st once before training, or in every step (default: %(default)s)")
@@ -121,7 +125,7 @@ def warnings_of(line, names, progress):
 def run(args):
     flags.require(args, student="stage 1 makes pi_st: spd.py --studies ... --output_dir runs/spd, in runs/spd/student",
                      positives="stage 2 makes them: selfdistill.py --studies ... --student runs/spd/student --output_dir runs/positives")
-    device = training.init()
+    device = ranks.init()
     train = student.parse_train(args.train)
     if args.reference == "online":
         reference.require_online(train)
@@ -135,14 +139,14 @@ def run(args):
     studies = [study for study in studies if study.trajectories]
     lock = checkpoint.open_run(args, {"studies": args.studies, "positives": args.positives, "task_file": args.task_file, "student": args.student})
     if checkpoint.finished(args):
-        training.say(f"critique: {args.output_dir} is finished")
+        ranks.say(f"critique: {args.output_dir} is finished")
         return
     encoder = data.Encoder(args.student, task, args.images, args.max_pixels, args.max_tokens)
     studies, long, tokens = training.fit(encoder, studies, lambda s: data.student_prompt(s, task, args.prompt),
                                          lambda s: [s.t_plus, *s.trajectories.values()], args.max_tokens, args.truncate)
     checkpoint.report_long(args, long)
     plan = training.Plan(len(studies), args)
-    training.say(f"critique: {plan}; t+ against {', '.join(names)}; {dropped} refusals dropped")
+    ranks.say(f"critique: {plan}; t+ against {', '.join(names)}; {dropped} refusals dropped")
 
     model = student.load(args.student, torch.bfloat16 if args.bf16 else torch.float32, device)
     packed = student.PackedStudent(model)
@@ -158,10 +162,10 @@ def run(args):
     if args.gradient_checkpointing:
         student.enable_gradient_checkpointing(model)
     if args.dry_run:
-        training.say(training.describe(plan, model, parameters, tokens, 12_132, "decoder" in train, args.bf16))
+        ranks.say(training.describe(plan, model, parameters, tokens, 12_132, "decoder" in train, args.bf16))
         studies, tokens, plan = training.longest_step(studies, tokens, args)
     if args.reference == "cached":  # before a checkpoint is loaded: the model is still pi_st
-        ref = reference.cached_logps(packed, encode, batch_of, plan, reference.key(args, task, studies, names), args)
+        ref = reference.cached_logps(packed, encode, batch_of, plan, reference.cache_key(args, task, studies, names), args)
     else:
         merger = reference.frozen_merger(model, train)
     optimizer = training.make_optimizer(parameters, args, shard="decoder" in train)
@@ -169,7 +173,7 @@ def run(args):
     packed = training.wrap(packed, device)
 
     mine = [[index for _, index in batch] for batch in plan.micro_batches(start)]
-    stream = zip(mine, training.loader(encode, [[(index,) for index in batch] for batch in mine], args.num_workers))
+    stream = zip(mine, training.loader(encode, mine, args.num_workers))
     columns = ["chosen", *names]
     log = checkpoint.Log(args.output_dir, ["loss", "rewards/margins", "rewards/accuracies", "rewards/rejected", "logps/chosen", "tokens",
                                          "tokens/chosen", *(f"rewards/{c}" for c in columns), *(f"log_ratio/{c}" for c in columns),
@@ -179,14 +183,14 @@ def run(args):
     if start < plan.steps:
         longest = [index for _, index in plan.longest(tokens)]
         training.warm_up(packed, batch_of([encode(index) for index in longest]), [studies[index].id for index in longest])
-    bar = tqdm(total=plan.steps, initial=start, desc="critique", disable=training.rank() > 0)
+    bar = tqdm(total=plan.steps, initial=start, desc="critique", disable=ranks.rank() > 0)
     for step in range(start, plan.steps):
         for micro in range(plan.accumulation):
             indices, examples = next(stream)
             batch, ids = batch_of(examples), [studies[index].id for index in indices]
             training.seed_step(args.seed, step, micro)
             mask = batch["tokens"][:, 1:] > 0                                                                     # (B, N)
-            w = weights.to(device) if weights is not None else mask / mask.sum(1, keepdim=True)
+            w = mask / mask.sum(1, keepdim=True) if weights is None else weights.to(device)                # None: 'normalised'
             scale = 1 / batch["tokens"].clamp(min=1) if args.length_norm else 1
             last = micro == plan.accumulation - 1
             with training.on_studies(ids, batch), training.synced(packed, last):
@@ -195,18 +199,18 @@ def run(args):
                     ref_logps = ref[indices].to(device)
                 else:
                     with reference.as_reference(model, merger):
-                        ref_logps = student.PackedStudent(model).logps(batch)
+                        ref_logps = student.PackedStudent(model).logps(batch)  # beside DDP, which expects one forward a backward
                 losses, rewards = apo_loss(logps * scale, ref_logps * scale, w, mask, args.beta)           # Eq. 11
                 loss = losses.sum() / args.global_batch                                                          # Eq. 10
                 if args.nll_alpha:
                     loss = loss - args.nll_alpha * (logps[:, 0] / batch["tokens"][:, 0]).sum() / args.global_batch
-                (loss * training.world()).backward()                            # DDP takes the mean over ranks, we want the sum
+                (loss * ranks.world()).backward()                            # DDP takes the mean over ranks, we want the sum
             record(log, losses.detach(), rewards, (logps - ref_logps).detach(), logps.detach(), batch["tokens"], mask, names,
-                   last and training.rank() == 0)
+                   steps=int(last and ranks.rank() == 0))
             log.add_flops(model, batch, train, args.gradient_checkpointing)
             training.report_non_finite(loss, ids)
 
-        _, stopping = log.reduce(stop.asked)
+        stopping = log.reduce(stop.asked)
         learning_rate = training.schedule(step, plan.steps, args.learning_rate, args.min_learning_rate, args.warmup_steps)
         norm = training.update(parameters, optimizer, learning_rate, args.max_grad_norm)
         bar.update()
@@ -215,33 +219,34 @@ def run(args):
             line = log.write(done, learning_rate=learning_rate, grad_norm=norm)
             bar.set_postfix(loss=f"{line['loss']:.3f}", margin=f"{line['rewards/margins']:.2f}")
             for warning in warnings_of(line, names, done / plan.steps):
-                training.say(f"step {done}: warning: {warning}")
+                ranks.say(f"step {done}: warning: {warning}")
         if (done % args.save_steps == 0 or stopping or done == plan.steps) and not args.dry_run:
             checkpoint.save_checkpoint(args.output_dir, done, parameters, optimizer, {"log": log.sums}, args.save_total_limit)
         if stopping and done < plan.steps:
-            training.say(f"stopped after step {done}; the same command goes on")
+            ranks.say(f"stopped after step {done}; the same command goes on")
             raise SystemExit(0)
     stop.over()
     bar.close()
     if args.dry_run:
-        training.say(f"one step ran; peak memory {training.peak_gib(device):.2f} GiB")
+        ranks.say(f"one step ran; peak memory {ranks.peak_gib(device):.2f} GiB")
         return
     checkpoint.finish(args, model, encoder, parameters, "autonomous preference optimisation (Eq. 11)")
-    training.say(f"critique: pi_theta is {Path(args.output_dir) / 'student'}")
+    ranks.say(f"critique: pi_theta is {Path(args.output_dir) / 'student'}")
     if lock:
         lock.close()
 
 
-def record(log, losses, rewards, log_ratios, logps, tokens, mask, names, last):
+def record(log, losses, rewards, log_ratios, logps, tokens, mask, names, steps):
     """One micro-batch into the log. rewards, log_ratios, logps, tokens (B, 1+N); mask (B, N); margins and 'rejected' are means over
-    the teachers present, an accuracy counts rewards of t+ above a teacher's, 'rewards/accuracies' above all of them."""
+    the teachers present, an accuracy counts rewards of t+ above a teacher's, 'rewards/accuracies' above all of them. steps: 1 once a step, so
+    that 'tokens' is a mean over steps."""
     B, margins = len(losses), rewards[:, :1] - rewards[:, 1:]
     log.add("loss", losses.sum(), B)
     log.add("rewards/margins", margins[mask].sum(), mask.sum())
     log.add("rewards/rejected", rewards[:, 1:][mask].sum(), mask.sum())
     log.add("rewards/accuracies", ((margins > 0) | ~mask).all(1).sum(), B)
     log.add("logps/chosen", logps[:, 0].sum(), B)
-    log.add("tokens", tokens.sum(), last)
+    log.add("tokens", tokens.sum(), steps)
     log.add("tokens/chosen", tokens[:, 0].sum(), B)
     present = torch.cat([torch.ones_like(mask[:, :1]), mask], 1)
     for column, name in enumerate(["chosen", *names]):
@@ -254,9 +259,9 @@ def record(log, losses, rewards, log_ratios, logps, tokens, mask, names, last):
 
 def main():
     args = parse()
-    with training.process_group("critique"):
+    with ranks.process_group("critique"):
         if args.studies is None:
-            import demo  # the scale model makes what is missing; nothing else here knows of it
+            import demo  # the scale model makes what is missing: the one import that goes against the order
 
             demo.prepare(args, "apo")
             run(args)

@@ -29,6 +29,7 @@ import transformers
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
+import ranks
 import student as students
 import training
 from records import read_json
@@ -109,15 +110,15 @@ def open_run(args, inputs):
     """Claims the run folder for this command: locks it, writes args.json and env.json, refuses a folder that another command began.
     inputs: {name: path} whose contents count as settings. Returns the lock, to be kept until the end."""
     if getattr(args, "dry_run", False):
-        args.output_dir = tempfile.mkdtemp(prefix="dry-run-") if training.rank() == 0 else None
-        args.output_dir = training.gather(args.output_dir)[0]
+        args.output_dir = tempfile.mkdtemp(prefix="dry-run-") if ranks.rank() == 0 else None
+        args.output_dir = ranks.gather(args.output_dir)[0]
         atexit.register(shutil.rmtree, args.output_dir, ignore_errors=True)
     folder = Path(args.output_dir)
     settings = {key: value for key, value in sorted(vars(args).items()) if key not in NOT_SETTINGS}
 
     def claim():
         if hasattr(args, "train"):  # dropout and rounding depend on it; what stage 2 samples does not
-            settings["world_size"] = training.world()
+            settings["world_size"] = ranks.world()
         settings.update(**{f"{name}_sha256": fingerprint(path) for name, path in inputs.items() if path})
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")
@@ -137,7 +138,7 @@ def open_run(args, inputs):
                 before["world_size"] = now.get("world_size")  # it matters only while the run goes on
             differ = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
             listed = "".join(f"\n  {key}: {before.get(key)!r} there, {now.get(key)!r} here" for key in differ)
-            sharded = training.world() > 1 and "decoder" in getattr(args, "train", "")  # a shard of the optimiser belongs to its rank
+            sharded = ranks.world() > 1 and "decoder" in getattr(args, "train", "")  # a shard of the optimiser belongs to its rank
             safe = SAME_STEPS - {"world_size"} if sharded else SAME_STEPS
             if not differ:
                 return lock
@@ -146,21 +147,21 @@ def open_run(args, inputs):
                 raise SystemExit(f"{folder}: was begun with other settings, choose another --output_dir"
                                  + (" or --resume_anyway" if safe.issuperset(differ) else "") + ":" + listed)
             if begun:
-                training.say(f"{folder}: goes on with other settings:{listed}")
+                ranks.say(f"{folder}: goes on with other settings:{listed}")
         write_text(folder / "args.json", json.dumps(settings, indent=2) + "\n")
         write_text(folder / "env.json", json.dumps(environment(), indent=2) + "\n")
         return lock
 
-    return training.on_rank_zero(claim)
+    return ranks.on_rank_zero(claim)
 
 
 def report_long(args, long):
     """Says which studies do not fit into --max_tokens, before training, and lists them in OUTPUT_DIR/too_long.jsonl."""
     if long:
         cut = sum(study["cut"] for study in long)
-        training.say(f"{len(long)} studies exceed --max_tokens {args.max_tokens}: {cut} are cut, {len(long) - cut} left out; see too_long.jsonl")
+        ranks.say(f"{len(long)} studies exceed --max_tokens {args.max_tokens}: {cut} are cut, {len(long) - cut} left out; see too_long.jsonl")
         write = lambda: write_text(Path(args.output_dir) / "too_long.jsonl", "".join(json.dumps(study) + "\n" for study in long))
-        training.on_rank_zero(write)
+        ranks.on_rank_zero(write)
 
 
 def environment():
@@ -174,16 +175,16 @@ def save_checkpoint(folder, step, parameters, optimizer, extra, keep):
     """step-N/ with what trains (safetensors), each rank's optimiser shard, and a manifest written last; renamed into place whole.
     Keeps the newest `keep` of them. Where it fails (a full disk) its folder goes, the checkpoints before stay."""
     folder, final = Path(folder), Path(folder) / f"step-{step:06d}"
-    first = training.rank() == 0
+    first = ranks.rank() == 0
     with whole(final) if first else contextlib.nullcontext(_temporary(final)) as temporary:
         if first:
             temporary.mkdir()
-        training.barrier()
+        ranks.barrier()
         local = getattr(optimizer, "optim", optimizer)
         if first or local is not optimizer:
             state = {f"{name}:{key}": value.cpu().contiguous() for name, p in parameters.items() for key, value in local.state.get(p, {}).items()}
-            save_file(state, temporary / f"optimizer-{training.rank()}.safetensors")
-        training.barrier()
+            save_file(state, temporary / f"optimizer-{ranks.rank()}.safetensors")
+        ranks.barrier()
         if first:
             save_file({name: p.detach().cpu().contiguous() for name, p in parameters.items()}, temporary / "trainable.safetensors")
             digests = {file.name: _sha256(file) for file in sorted(temporary.iterdir())}
@@ -207,7 +208,7 @@ def newest_checkpoint(folder):
             reason = "its files do not match its manifest"
         except (OSError, ValueError, KeyError) as error:
             reason = str(error)
-        training.say(f"warning: {path} is damaged ({reason}); falling back to the one before")
+        ranks.say(f"warning: {path} is damaged ({reason}); falling back to the one before")
     return None, None
 
 
@@ -220,7 +221,7 @@ def load_checkpoint(path, parameters, optimizer):
         for name, p in parameters.items():
             p.copy_(weights[name])
     local = getattr(optimizer, "optim", optimizer)
-    shard = path / f"optimizer-{training.rank() if local is not optimizer else 0}.safetensors"
+    shard = path / f"optimizer-{ranks.rank() if local is not optimizer else 0}.safetensors"
     with safe_open(shard, "pt") as file:
         for key in file.keys():
             name, _, part = key.rpartition(":")
@@ -235,11 +236,11 @@ def resume(args, parameters, optimizer):
     path, manifest = newest_checkpoint(args.output_dir)
     if path is None:
         if args.resume == "must":
-            training.say(f"{args.output_dir}: --resume must, but there is no valid checkpoint")
+            ranks.say(f"{args.output_dir}: --resume must, but there is no valid checkpoint")
             raise SystemExit(2)
         return 0, None
     load_checkpoint(path, parameters, optimizer)
-    training.say(f"continuing from {path}")
+    ranks.say(f"continuing from {path}")
     return manifest["step"], manifest["log"]
 
 
@@ -252,7 +253,7 @@ class Log:
         self.sums = dict(sums) if sums else {name: [0.0, 0.0] for name in self.names}
         self.begin_step()
         self.clock, self.flops = time.perf_counter(), [0.0, 0.0]
-        if training.rank() == 0:
+        if ranks.rank() == 0:
             for path in (self.path, self.path.with_name("speed.jsonl")):
                 lines = path.read_text().splitlines() if path.exists() else []
                 kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
@@ -270,17 +271,17 @@ class Log:
             self.flops = [a + b for a, b in zip(self.flops, students.batch_flops(model, batch, train, checkpointing))]
 
     def reduce(self, stop=False):
-        """-> ({name: (sum, count)} of this step over all ranks, whether any rank was asked to stop). All ranks raise FloatingPointError
+        """Adds this step, over all ranks, to the interval; returns whether any rank was asked to stop. All ranks raise FloatingPointError
         together where a sum is not finite: a loss can be that while its gradients are finite."""
         self.now[-1, 0] = float(stop)
-        total = training.all_reduce(self.now.to(self.device)).cpu()
+        total = ranks.all_reduce(self.now.to(self.device)).cpu()
         step = {name: (float(s), float(c)) for name, (s, c) in zip(self.names, total.tolist())}
         if wrong := [name for name, (s, _) in step.items() if not math.isfinite(s)]:
             raise FloatingPointError(f"{wrong[0]} of the step is {step[wrong[0]][0]}; nothing was updated. The studies are named above")
         for name, (s, c) in step.items():
             self.sums[name] = [self.sums[name][0] + s, self.sums[name][1] + c]
         self.begin_step()
-        return step, bool(total[-1, 0])
+        return bool(total[-1, 0])
 
     def write(self, step, **more):
         """Writes the line of the interval that ends after `step` steps and returns it."""
@@ -294,9 +295,9 @@ class Log:
             peak = next((peak for gpu, peak in training.PEAK_FLOPS.items() if gpu in name), None)
             if peak:
                 speed["mfu"], speed["hfu"] = (flops / seconds / peak for flops in self.flops)
-            speed["peak_gib"] = training.peak_gib(self.device)
+            speed["peak_gib"] = ranks.peak_gib(self.device)
             self.flops = [0.0, 0.0]
-        if training.rank() == 0:
+        if ranks.rank() == 0:
             for path, record in ((self.path, line), (self.path.with_name("speed.jsonl"), speed)):
                 with open(path, "a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
@@ -321,7 +322,7 @@ def finish(args, model, encoder, parameters, stage):
                 students.save(model, encoder, temporary, card)
         write_text(folder / "finished.json", json.dumps({"stage": stage, "train": args.train}) + "\n")
 
-    training.on_rank_zero(write)
+    ranks.on_rank_zero(write)
 
 
 def finished(args):

@@ -29,6 +29,7 @@ from tqdm import tqdm
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+import ranks
 from demo_world import PRIOR, SIZE, TASK, TEACHERS, WORLDS, draw_film, draw_nuisance, imagine, make, named, plurality, speak, write
 from records import require_folder
 
@@ -179,11 +180,10 @@ def prepare(args, stage):
     world, the base student, the stages before it. All of it lies in --output_dir (default runs/demo) and is made once."""
     import selfdistill
     import spd
-    import training
 
     root = Path(args.output_dir or "runs/demo")
     world, base = root / "world", root / "base"
-    training.say(f"no --studies: the scale model, in {root}")
+    ranks.say(f"no --studies: the scale model, in {root}")
 
     def make_inputs():
         if not (world / "task.json").exists():
@@ -192,7 +192,7 @@ def prepare(args, stage):
             train_base(root / "base.safetensors") if args.train_base else None
             write_student(base, *((root / "base.safetensors", None) if args.train_base else ()))
 
-    training.on_rank_zero(make_inputs)
+    ranks.on_rank_zero(make_inputs)
     inputs = {"studies": world / "studies.jsonl", "images": world, "task_file": world / "task.json", "seed": args.seed}
     done = {"spd": {"student": base, "replay": world / "replay.jsonl", "output_dir": root / "spd"},
             "selfdistill": {"student": root / "spd" / "student", "output_dir": root / "selfdistill"},
@@ -211,10 +211,9 @@ def prepare(args, stage):
 def report(args):
     """Prints evaluate's table of the test films after all stages and writes results.json."""
     import evaluate
-    import training
 
     root = Path(args.output_dir).parent
-    training.say("one seed, not a result; EXPERIMENT.md has five, with every control")
+    ranks.say("one seed, not a result; EXPERIMENT.md has five, with every control")
     evaluate.run(evaluate.parse([
         "classify", f"--studies={args.studies}", f"--images={args.images}", f"--task_file={args.task_file}", f"--output={root / 'results.json'}",
         f"--student=SPD, all teachers={root / 'spd' / 'student'}", f"--student=SPD, all teachers + APO={root / 'apo' / 'student'}",

@@ -30,10 +30,10 @@ import checkpoint
 import data
 import evaluate
 import paper_tables
+import ranks
 import selfdistill
 import spd
 import student
-import training
 from demo_world import FINDINGS, TEACHERS, VOICES, make, speak, write_jsonl
 
 ANSWER = 96                                # tokens at most; the longest report has about 70
@@ -279,7 +279,7 @@ def work(job):
     """One chain in a process of its own; what the stages print goes to chain.log in its folder."""
     chain_of, folder, world, seed, options = job
     folder.mkdir(parents=True, exist_ok=True)
-    training.init()
+    ranks.init()
     start = time.process_time()
     with open(folder / "chain.log", "a", buffering=1) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:

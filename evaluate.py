@@ -29,10 +29,10 @@ import data
 import flags
 import paper_tables
 import questions
+import ranks
 import results
 import student
 import teachers
-import training
 from metrics import scores
 from metrics.findings import finding_scores
 from metrics.meteor import Meteor
@@ -121,7 +121,7 @@ def intervals(readings, studies, findings, metric, samples, seed):
 def classify(path, studies, task, args, name, parts=None, failed=None):
     """One student's scores, {"options": ...} or {"greedy": ..., "sampled": ...}. Studies that turn out to be unreadable leave the list."""
     encoder = data.Encoder(path, task, args.images, args.max_pixels)
-    model = student.load(path, torch.bfloat16 if args.bf16 else torch.float32, training.init())
+    model = student.load(path, torch.bfloat16 if args.bf16 else torch.float32, ranks.init())
     labelled = {finding for study in studies for finding in study.labels}
     folder = lambda mode: parts and parts / mode
     readings, result = {}, {}
@@ -245,7 +245,7 @@ def run_reports(args):
         missing.append(str(error))
     for at, (name, path) in enumerate(folders.items()):
         encoder = data.Encoder(path, data.CHEST, args.images, args.max_pixels)
-        model = student.load(path, torch.bfloat16 if args.bf16 else torch.float32, training.init())
+        model = student.load(path, torch.bfloat16 if args.bf16 else torch.float32, ranks.init())
         texts = answers(model, encoder, studies, data.CHEST, 0.0, args.seed, args.batch_size, args.max_new_tokens, args.prompt, args.num_workers,
                         name, parts and parts / str(at), failed)
         written[name] = dict(zip((study.id for study in studies), texts))
@@ -293,7 +293,7 @@ def run_zeroshot(args):
         return results.end(args, before, known=True)
     rows, lines = {name: {} for name in folders}, []
     for at, (name, path) in enumerate(folders.items()):
-        model = student.load(path, torch.bfloat16 if args.bf16 else torch.float32, training.init())
+        model = student.load(path, torch.bfloat16 if args.bf16 else torch.float32, ranks.init())
         for bench in benches:
             failed, encoder = {}, data.Encoder(path, bench.task, bench.images, args.max_pixels)
             out = questions.ask(model, encoder, bench.studies, questions.closed_questions(bench.task), parts and parts / str(at) / bench.name,
@@ -341,18 +341,18 @@ def aucs(bench, odds, views="max"):
 def run_tables(args):
     """Every table of the paper with what results files hold beside it."""
     ours = paper_tables.collect(args.results)
-    training.say("\n\n".join(paper_tables.beside(number, rows) for number, rows in ours.items()))
+    ranks.say("\n\n".join(paper_tables.beside(number, rows) for number, rows in ours.items()))
     if args.json:
-        training.say(json.dumps({"tables": ours}))
+        ranks.say(json.dumps({"tables": ours}))
     return ours
 
 
 def run_ablation(args):
     """The scale model's ladder, with its claims, beside the paper's Table 5."""
     results, text = paper_tables.read_ladder(args.results)
-    training.say(text)
+    ranks.say(text)
     if args.json:
-        training.say(json.dumps(results))
+        ranks.say(json.dumps(results))
     return results
 
 
@@ -442,7 +442,7 @@ def run(args):
 
 def main():
     args = parse()
-    with training.process_group("evaluate"):
+    with ranks.process_group("evaluate"):
         run(args)
 
 

@@ -1,6 +1,7 @@
 """The flags of the stages: names are TRL's and Trainer's where the meaning is the same; presets; which inputs must be there."""
 
 import argparse
+import math
 import os
 
 import torch
@@ -13,6 +14,17 @@ def at_least_one(text):
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least 1")
     return int(text)
+
+
+def above_zero(text):
+    """argparse's type of a number > 0."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a number above 0")
+    return value
 
 
 def add_data_arguments(parser):
@@ -46,7 +58,7 @@ def add_training_arguments(parser):
     g.add_argument("--max_steps", type=at_least_one, help="optimiser steps at most (default: all)")
     g.add_argument("--global_batch", type=at_least_one, default=4, help="studies per optimiser step over all ranks (default: %(default)s)")
     g.add_argument("--micro_batch", type=int, default=1, help="studies per forward on a rank; 0: the rank's whole share (default: %(default)s)")
-    g.add_argument("--learning_rate", type=float, default=1e-4, help="peak (default: %(default)s)")
+    g.add_argument("--learning_rate", type=above_zero, default=1e-4, help="peak (default: %(default)s)")
     g.add_argument("--min_learning_rate", type=float, default=1e-7, help="at the end of the cosine (default: %(default)s)")
     g.add_argument("--warmup_steps", type=int, default=0, help="linear warm-up (default: %(default)s)")
     g.add_argument("--adam_beta1", type=float, default=0.9, help="default: %(default)s")
@@ -73,9 +85,12 @@ def parse(parser, presets, argv=None):
     parser.add_argument("--preset", choices=tuple(presets), help="a set of defaults, listed below; any flag overrides it (default: paper "
                         "with --studies, else demo)")
     parser.epilog = "presets:\n" + "\n".join(f"  {name:8}  {', '.join(f'{k}={v}' for k, v in flags.items())}" for name, flags in presets.items())
-    first, _ = parser.parse_known_args(argv)
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # so that --help shows the defaults that hold
+    early.add_argument("--preset")
+    early.add_argument("--studies")
+    first, _ = early.parse_known_args(argv)
     name = first.preset or ("paper" if first.studies else "demo")
-    parser.set_defaults(**presets[name], preset=name)
+    parser.set_defaults(**presets.get(name, {}), preset=name)
     return parser.parse_args(argv)
 
 

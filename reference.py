@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 
 import checkpoint
 import data
+import ranks
 import results
 import student
-import training
 
 
 @torch.no_grad()
@@ -33,7 +33,7 @@ def cached_logps(packed, encode, batch_of, plan, key, args):
         with safe_open(file, "pt") as cached:
             if cached.metadata().get("key") == key:
                 return cached.get_tensor("logps")
-        training.say("critique: the cached reference belongs to other input, computing it again")
+        ranks.say("critique: the cached reference belongs to other input, computing it again")
     packed.eval()
     work = lambda indices, examples: packed(batch_of(examples))[0].tolist()
     parts = file.with_name("reference.parts")
@@ -45,12 +45,12 @@ def cached_logps(packed, encode, batch_of, plan, key, args):
             save_file({"logps": total}, temporary, metadata={"key": key})
         shutil.rmtree(parts)
 
-    training.on_rank_zero(write)
+    ranks.on_rank_zero(write)
     return total
 
 
-def key(args, task, studies, names):
-    """sha256 over all that the reference depends on: checkpoint, texts, images, prompt, image size, number format."""
+def cache_key(args, task, studies, names):
+    """sha256 over all that the reference depends on: checkpoint, texts, images (by path and size), prompt, image size, number format."""
     files = [(path, (Path(args.images) / path).stat().st_size) for study in studies for path in study.images]
     records = [(study.id, study.t_plus, study.trajectories, data.student_prompt(study, task, args.prompt)) for study in studies]
     parts = [checkpoint.fingerprint(args.student), task.prompts["system"], args.max_pixels, args.max_tokens, args.bf16, names, records, files]

@@ -1,4 +1,4 @@
-"""A results file and the work behind it: shared over the ranks, on disk as it is done, said in full what is missing.
+"""Long work that is on disk as it is done: shared over the ranks, gone on with where it stopped; and a results file, with all that is missing.
 
     RESULTS.json           {"settings", "rows", "missing", "table", ...}, written whole at the end
     RESULTS.json.parts/    part-RANK.jsonl, [key, value] a line, while the work goes on; the same command goes on from there
@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
+import ranks
 import training
 from records import shown
 
@@ -44,15 +45,15 @@ def begin(args, inputs, benches):
 def end(args, results, known=False):
     """Prints the table and what is missing, writes --output, gives the JSON line; with --strict, exits with 1 if anything is missing."""
     missing = results["missing"]
-    training.say((f"{args.output} holds these results already\n" if known else "") + results["table"])
+    ranks.say((f"{args.output} holds these results already\n" if known else "") + results["table"])
     if missing:
         more = f"\n  ... and {len(missing) - 20} more" + (f", all of them in {args.output}" if args.output else "") if len(missing) > 20 else ""
-        training.say(f"missing, left out: {len(missing)}\n  " + "\n  ".join(map(shown, missing[:20])) + more)
+        ranks.say(f"missing, left out: {len(missing)}\n  " + "\n  ".join(map(shown, missing[:20])) + more)
     if args.output and not known:
-        training.on_rank_zero(lambda: checkpoint.write_text(Path(args.output), json.dumps(results, indent=1) + "\n"))
-        training.on_rank_zero(lambda: shutil.rmtree(f"{args.output}.parts", ignore_errors=True))
+        ranks.on_rank_zero(lambda: checkpoint.write_text(Path(args.output), json.dumps(results, indent=1) + "\n"))
+        ranks.on_rank_zero(lambda: shutil.rmtree(f"{args.output}.parts", ignore_errors=True))
     if args.json:
-        training.say(json.dumps({"rows": results["rows"], "missing": len(missing)}))
+        ranks.say(json.dumps({"rows": results["rows"], "missing": len(missing)}))
     if missing and args.strict:
         raise SystemExit(1)
     return results["rows"]
@@ -69,8 +70,8 @@ def spread(keys, encode, work, batch_size=1, parts=None, num_workers=0, failed=N
     batches = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]
     values = read_parts(parts) if parts else {}
     batches = [batch for batch in batches if not all(key in values for key in batch)]
-    training.barrier()  # nobody writes before everybody has read
-    mine, found, broken = batches[training.rank()::training.world()], {}, {}
+    ranks.barrier()  # nobody writes before everybody has read
+    mine, found, broken = batches[ranks.rank()::ranks.world()], {}, {}
 
     def guarded(key):
         try:
@@ -83,24 +84,29 @@ def spread(keys, encode, work, batch_size=1, parts=None, num_workers=0, failed=N
     file = None
     if parts:
         Path(parts).mkdir(parents=True, exist_ok=True)
-        file = open(Path(parts) / f"part-{training.rank()}.jsonl", "ab")
-    stream = training.loader(guarded, [[(key,) for key in batch] for batch in mine], num_workers)
-    for batch, examples in tqdm(zip(mine, stream), total=len(mine), desc=desc, disable=training.rank() > 0):
+        file = open(Path(parts) / f"part-{ranks.rank()}.jsonl", "ab")
+    stream = training.loader(guarded, mine, num_workers)
+    for batch, examples in tqdm(zip(mine, stream), total=len(mine), desc=desc, disable=ranks.rank() > 0):
         good = [(key, example) for key, example in zip(batch, examples) if not isinstance(example, str)]
         broken |= {key: example for key, example in zip(batch, examples) if isinstance(example, str)}
         if good:
             new = dict(zip((key for key, _ in good), work([key for key, _ in good], [example for _, example in good])))
             found |= new
-            if file:  # the first newline ends a line that a kill may have torn
-                file.write(("\n" + "".join(json.dumps([key, value], ensure_ascii=False) + "\n" for key, value in new.items())).encode())
+            if file:
+                file.write(part_lines(new))
                 file.flush()
     if file:
         file.close()
-    for theirs, missing in training.gather((found, broken)):
+    for theirs, missing in ranks.gather((found, broken)):
         values |= theirs
         if failed is not None:
             failed.update(missing)
     return {key: values[key] for key in keys if key in values}
+
+
+def part_lines(values):
+    """{key: value} as bytes to append to a part file; the first newline ends a line that a kill may have torn."""
+    return ("\n" + "".join(json.dumps([key, value], ensure_ascii=False) + "\n" for key, value in values.items())).encode()
 
 
 def read_parts(folder):

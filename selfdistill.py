@@ -41,15 +41,19 @@ import checkpoint
 import data
 import endpoint
 import flags
+import ranks
+import results
 import student
 import training
 from records import shown
 
+# 'as reader 2 says' and 'the second reader' quote; 'description 2' does, 'description 2 cm' is a size
 QUOTES_A_READER = re.compile(r"\breaders\b|\breader #?\d|\b(?:the|one|each|another|first|second|third) reader\b"
                              r"|\b(?:report|description) #?\d\b(?!\s*[cm]m)", re.IGNORECASE)
 
 PRESETS = {
     "paper": dict(refusals="keep"),
+    "released": dict(refusals="keep"),
     "demo": dict(max_new_tokens=96, batch_size=50),
 }
 
@@ -147,19 +151,6 @@ def sample_batch(sample, batch, task, args):
     return [records[study.id] for study, _ in batch]
 
 
-def read_parts(folder):
-    """What earlier calls have written, {id: record}; a line that a kill tore is left out."""
-    records = {}
-    for part in sorted(Path(folder).glob("part-*.jsonl")):
-        for line in part.read_bytes().split(b"\n")[:-1]:
-            try:
-                record = json.loads(line)
-            except ValueError:
-                continue
-            records[record["id"]] = record
-    return records
-
-
 def statistics(studies, records, task):
     """How t+ agrees with the teachers' plurality and, where labels exist, with the truth: the quality that decides stage 3."""
     agree, true, votes, labels, unread = 0, 0, 0, 0, 0
@@ -187,7 +178,7 @@ def run(args):
         key = endpoint.read_key(args.server_key_env) if args.server_key_env else None
         server = endpoint.Endpoint(args.server, args.server_model or "", key, timeout=600, only_loopback=not args.i_have_permission)
     folder = Path(args.output_dir)
-    device = training.init()
+    device = ranks.init()
     task = data.load_task(args.task_file)
     studies = data.read_studies(args.studies, task, args.split)
     data.keep_teachers(studies, args.teachers)
@@ -199,40 +190,39 @@ def run(args):
         raise ValueError(f"{args.studies}: no study has trajectories, expected the teachers' texts")
     lock = checkpoint.open_run(args, {"studies": args.studies, "task_file": args.task_file, "student": args.student})
     if checkpoint.finished(args):
-        training.say(f"compare: {folder} is finished")
+        ranks.say(f"compare: {folder} is finished")
         return
     data.require_images(studies, args.images)
-    training.say(f"compare: {len(studies)} studies, {dropped} refusals left out")
+    ranks.say(f"compare: {len(studies)} studies, {dropped} refusals left out")
     encode, sample = server_sampler(server, args, task) if server else student_sampler(args, task, device)
 
     # alike lengths share a batch; which batch a study is in does not depend on the ranks or on what is done already
     by_length = sorted(range(len(studies)), key=lambda i: sum(map(len, studies[i].trajectories.values())))
     batches = [by_length[i:i + args.batch_size] for i in range(0, len(by_length), args.batch_size)]
-    done = read_parts(folder)
+    done = results.read_parts(folder)
     if args.resume == "must" and not done:
-        training.say(f"{folder}: --resume must, but nothing is written there")
+        ranks.say(f"{folder}: --resume must, but nothing is written there")
         raise SystemExit(2)
     batches = [batch for batch in batches if not all(studies[i].id in done for i in batch)]
-    training.barrier()
-    mine = batches[training.rank()::training.world()]
+    ranks.barrier()
+    mine = batches[ranks.rank()::ranks.world()]
 
     encoded = lambda index: (studies[index], encode(studies[index]))
     threads = ThreadPool(args.server_concurrency) if server else contextlib.nullcontext()
-    with open(folder / f"part-{training.rank()}.jsonl", "ab") as part, threads:
+    with open(folder / f"part-{ranks.rank()}.jsonl", "ab") as part, threads:
         if server:  # which batches its requests make up is its own affair
             mine = [index for batch in mine for index in batch if studies[index].id not in done]
             stream = threads.imap_unordered(lambda index: sample_batch(sample, [encoded(index)], task, args), mine)
         else:
-            batches = training.loader(encoded, [[(index,) for index in batch] for batch in mine], args.num_workers)
+            batches = training.loader(encoded, mine, args.num_workers)
             stream = (sample_batch(sample, batch, task, args) for batch in batches)
-        for records in tqdm(stream, total=len(mine), desc="compare", disable=training.rank() > 0):
-            lines = [json.dumps(record, ensure_ascii=False) for record in records]
-            part.write(("\n" + "\n".join(lines) + "\n").encode())  # the first newline ends a line that a kill may have torn
+        for records in tqdm(stream, total=len(mine), desc="compare", disable=ranks.rank() > 0):
+            part.write(results.part_lines({record["id"]: record for record in records}))
             part.flush()
-    training.barrier()
+    ranks.barrier()
 
     def merge():
-        records = read_parts(folder)
+        records = results.read_parts(folder)
         ordered = [records[study.id] for study in studies]
         again = [int(record["seed"].split()[-1]) if "seed" in record else args.attempts - 1 for record in ordered]
         stats = {**statistics(studies, records, task), "refusals_left_out": dropped, "sampled_again": sum(again)}
@@ -244,16 +234,16 @@ def run(args):
             part.unlink()
         print("compare:", json.dumps(stats), flush=True)
 
-    training.on_rank_zero(merge)
+    ranks.on_rank_zero(merge)
     if lock:
         lock.close()
 
 
 def main():
     args = parse()
-    with training.process_group("compare"):
+    with ranks.process_group("compare"):
         if args.studies is None:
-            import demo  # the scale model makes what is missing; nothing else here knows of it
+            import demo  # the scale model makes what is missing: the one import that goes against the order
 
             demo.prepare(args, "selfdistill")
         try:

@@ -162,9 +162,11 @@ def save(model, encoder, folder, card):
 def pack(examples, model):
     """B encoded studies (data.Encoder) with K responses each -> the packed batch, on CPU.
 
-    examples: B dicts of prefix_ids (P,), pixel_values (patches, 1176), image_grid_thw (images, 3), responses [K of (n,) or None].
-    ids (B, S), position_ids (3, B, S), branch (B, S): 0 prefix, u branch u, -1 padding; source (R,): where in the flattened
-    (B * S) row each target is predicted from; targets (R,); owner (R,): b * K + u; tokens (B, K): response lengths.
+    examples: B dicts of prefix_ids (P,), pixel_values (patches, 1176 = 3 colours x 2 frames x 14 x 14), image_grid_thw (images, 3): frames,
+    height, width in patches; responses [K of (n,) or None]. A row is the prefix and behind it the responses without their last token,
+    each a branch: S tokens at most. The responses of all rows have R tokens.
+    -> ids (B, S), position_ids (3, B, S), branch (B, S): 0 prefix, 1 + k the response of column k, -1 padding; source (R,): where in the
+    flattened (B * S) rows each target is predicted from; targets (R,); owner (R,): b * K + k; tokens (B, K): response lengths.
     """
     config = model.config
     K = len(examples[0]["responses"])
@@ -175,15 +177,15 @@ def pack(examples, model):
         position, _ = model.model.get_rope_index(prefix[None], image[None], image_grid_thw=example["image_grid_thw"])
         P, behind = len(prefix), int(position.max()) + 1
         ids, branch, positions, source, owner, at = [prefix], [torch.zeros(P).long()], [position[:, 0]], [], [], P
-        for u, response in enumerate(example["responses"]):
+        for k, response in enumerate(example["responses"]):
             if response is None:
                 continue
             n = len(response) - 1
             ids.append(response[:-1])
-            branch.append(torch.full((n,), u + 1))
-            positions.append((behind + torch.arange(n)).expand(3, n))
-            source += [P - 1, *range(at, at + n)]
-            owner += [b * K + u] * (n + 1)
+            branch.append(torch.full((n,), 1 + k))
+            positions.append((behind + torch.arange(n)).expand(3, n))  # every branch restarts behind the prefix
+            source += [P - 1, *range(at, at + n)]  # its first token is predicted from the prefix's last one
+            owner += [b * K + k] * (n + 1)
             at += n
         rows.append((torch.cat(ids), torch.cat(branch), torch.cat(positions, 1), torch.tensor(source, dtype=torch.long), owner))
     B, S = len(rows), max(len(row[0]) for row in rows)

@@ -36,7 +36,7 @@ from tqdm import tqdm
 
 import checkpoint
 import data
-import training
+import ranks
 from metrics.scores import cohen_kappa
 from metrics.text import tf_idf
 from paper_tables import FIVE, SHORT, TABLE_2
@@ -54,7 +54,7 @@ def readings(studies, names, task, num_workers=0):
     read = functools.partial(data.read_classes, task=task)
     with ProcessPoolExecutor(num_workers) if num_workers else contextlib.nullcontext() as pool:
         said = pool.map(read, texts, chunksize=64) if pool else map(read, texts)
-        said = iter(list(tqdm(said, total=len(texts), desc="reading", delay=2, disable=training.rank() > 0)))
+        said = iter(list(tqdm(said, total=len(texts), desc="reading", delay=2, disable=ranks.rank() > 0)))
         return {name: [next(said) if name in study.trajectories else None for study in studies] for name in names}
 
 
@@ -110,7 +110,7 @@ def encode(texts, folder, batch_size=16):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     limit = min(tokenizer.model_max_length, getattr(model.config, "max_position_embeddings", 512))
     vectors, cut = [], 0
-    device = training.init()
+    device = ranks.init()
     model.to(device)
     for start in range(0, len(texts), batch_size):
         part = texts[start:start + batch_size]
@@ -340,9 +340,9 @@ def run(args):
         raise ValueError(f"{args.studies}: no study has {args.against}, expected some for --against {args.against}")
     against = args.against or next((kind for kind, is_there in there.items() if is_there), None)
     result = measure(studies, task, against, args.uncertain, args.encoder, args.samples, args.seed, args.num_workers)
-    training.say(table(result, task))
+    ranks.say(table(result, task))
     if args.output:
-        training.on_rank_zero(lambda: checkpoint.write_text(Path(args.output), json.dumps(result, indent=1) + "\n"))
+        ranks.on_rank_zero(lambda: checkpoint.write_text(Path(args.output), json.dumps(result, indent=1) + "\n"))
     if args.json:
-        training.say(json.dumps(result))
+        ranks.say(json.dumps(result))
     return result

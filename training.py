@@ -1,4 +1,5 @@
-"""What the two training loops (spd.py, apo.py) share: process group, plan of an epoch, optimiser.
+"""What the two training loops (spd.py, apo.py) share: plan of an epoch, loader, wrapping, optimiser. The loops themselves stand in both
+scripts, alike as they are, so that each reads from top to bottom.
 
 A run is a function of its settings and its step: epochs are permuted from (seed, epoch), dropout is seeded from (seed, step,
 micro-batch, rank), the learning rate is computed from the step. So a run that was stopped goes on as if it had not been.
@@ -6,139 +7,19 @@ micro-batch, rank), the learning rate is computed from the step. So a run that w
 
 import contextlib
 import ctypes
-import gc
 import hashlib
 import math
 import os
 import random
-import resource
 import signal
 import sys
-import time
-import traceback
 
 import torch
-import torch.distributed as dist
-import transformers
-from safetensors import SafetensorError
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adamw import adamw
 from tqdm import tqdm
 
-# ----------------------------------------------------------------------------------------------------- process group
-
-def init():
-    """Joins torchrun's process group (nccl on CUDA, gloo on CPU) or runs alone. Returns the device."""
-    transformers.utils.logging.disable_progress_bar()
-    cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
-    if cuda:
-        torch.cuda.set_device(device)
-    elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # as torchrun does: sums then do not depend on the number of cores, nor speed on who else uses them
-    if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
-    return device
-
-
-def close():
-    """Leaves the process group when all ranks are there. The cycles of DDP and the sharding optimiser go first: what they still hold of
-    the group when the interpreter ends makes a finished gloo run abort now and then."""
-    gc.collect()
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-    gc.collect()
-
-
-@contextlib.contextmanager
-def process_group(name):
-    """Around a command's main(): joins the process group, leaves it at the end.
-
-    Bad input, a full disk or a gradient that is not finite ends with one line that begins with `name` and with status 1; any other
-    exception keeps its traceback. A rank that fails leaves at once: in good order it would wait for the others, who wait for it."""
-    init()
-    try:
-        yield
-    except BaseException as error:
-        for bar in list(getattr(tqdm, "_instances", [])):
-            bar.close()  # or the message would stand on the bar's line
-        if isinstance(error, (ValueError, OSError, FloatingPointError, SafetensorError)):
-            what = str(error).rpartition("\nValueError: ")[2].strip()  # of a loader's process, whose message is its traceback, the last line
-            error = SystemExit(f"{name}: {f'rank {rank()}: ' if world() > 1 else ''}{what}")
-        elif isinstance(error, SystemExit) and isinstance(error.code, str):
-            error = SystemExit(f"{name}: {error.code}")
-        elif isinstance(error, RuntimeError) and (isinstance(error, dist.DistBackendError) or "gloo" in str(error)):
-            time.sleep(2)  # torchrun names the rank that it sees end first, and this is not the one
-            error = SystemExit(f"{name}: rank {rank()} stops, since another rank was lost; the same command goes on")
-        if world() > 1 and not (isinstance(error, SystemExit) and not error.code):
-            if not isinstance(error, SystemExit):
-                traceback.print_exc()
-            elif isinstance(error.code, str):
-                sys.stderr.write(f"{error.code}\n")  # in one piece, since other ranks may write too
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(error.code if isinstance(getattr(error, "code", None), int) else 1)
-        close()
-        raise error from None
-    close()
-
-
-def rank():
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world():
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def all_reduce(tensor):
-    """The sum over ranks, in place."""
-    if dist.is_initialized():
-        dist.all_reduce(tensor)
-    return tensor
-
-
-def gather(value):
-    """A list of every rank's value, on every rank."""
-    values = [value] * world()
-    if dist.is_initialized():
-        dist.all_gather_object(values, value)
-    return values
-
-
-def peak_gib(device):
-    """The most memory so far: of the GPU, or of this process on a CPU (resident set)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def say(*words):
-    if rank() == 0:
-        print(*words, flush=True)
-
-
-def on_rank_zero(work):
-    """Runs work() on rank 0 while the other ranks wait, and returns what it returned there (None elsewhere). If it fails, all stop."""
-    failed, result = torch.zeros(1), None
-    try:
-        if rank() == 0:
-            failed += 1
-            result = work()
-            failed -= 1
-    finally:
-        nccl = dist.is_initialized() and dist.get_backend() == "nccl"
-        stop = all_reduce(failed.to("cuda" if nccl else "cpu")).item()
-    if stop and rank() != 0:
-        raise SystemExit(1)
-    return result
-
+import ranks
 
 # ------------------------------------------------------------------------------------------------------- plan of a run
 
@@ -174,10 +55,10 @@ class Plan:
 
     def __init__(self, n, args):
         self.n, self.seed, self.global_batch = n, args.seed, args.global_batch
-        share, rest = divmod(args.global_batch, world())
+        share, rest = divmod(args.global_batch, ranks.world())
         self.micro_batch = args.micro_batch or share
         if rest or share % self.micro_batch:
-            raise ValueError(f"--global_batch {args.global_batch}: expected a multiple of {world()} ranks x --micro_batch {self.micro_batch}")
+            raise ValueError(f"--global_batch {args.global_batch}: expected a multiple of {ranks.world()} ranks x --micro_batch {self.micro_batch}")
         if n < args.global_batch:
             raise ValueError(f"{n} studies: expected at least one --global_batch of {args.global_batch}")
         self.accumulation = share // self.micro_batch
@@ -186,7 +67,7 @@ class Plan:
         self.steps = min(steps, args.max_steps) if args.max_steps else steps
 
     def __str__(self):
-        return (f"{self.n} studies, {self.steps} steps of {self.global_batch} = {world()} ranks x {self.accumulation} micro-batches "
+        return (f"{self.n} studies, {self.steps} steps of {self.global_batch} = {ranks.world()} ranks x {self.accumulation} micro-batches "
                 f"x {self.micro_batch} studies")
 
     def order(self, epoch):
@@ -196,12 +77,12 @@ class Plan:
 
     def micro_batches(self, start=0):
         """This rank's micro-batches from step `start` on: lists of (epoch, index of the study)."""
-        batches, share = [], self.global_batch // world()
+        batches, share = [], self.global_batch // ranks.world()
         for step in range(start, self.steps):
             epoch, at = divmod(step, self.steps_per_epoch)
             if at == 0 or step == start:
                 order = self.order(epoch)
-            mine = at * self.global_batch + rank() * share
+            mine = at * self.global_batch + ranks.rank() * share
             for first in range(mine, mine + share, self.micro_batch):
                 batches.append([(epoch, index) for index in order[first:first + self.micro_batch]])
         return batches
@@ -216,7 +97,7 @@ class _Items:
         self.encode = encode
 
     def __getitem__(self, key):
-        return self.encode(*key)
+        return self.encode(key)
 
 
 def _in_worker(_):
@@ -228,13 +109,13 @@ def _in_worker(_):
 
 
 def loader(encode, batches, num_workers=0):
-    """Iterates over `batches`, each key passed to encode(*key), with a generator of its own: iter(DataLoader) draws from the global one."""
+    """Iterates over `batches`, each key passed to encode(key), with a generator of its own: iter(DataLoader) draws from the global one."""
     return torch.utils.data.DataLoader(_Items(encode), batch_sampler=batches, collate_fn=list, num_workers=num_workers,
                                        worker_init_fn=_in_worker, generator=torch.Generator())
 
 
 def seed_step(seed, step, micro):
-    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {step} {micro} {rank()}".encode()).digest()[:8], "little") >> 1)
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {step} {micro} {ranks.rank()}".encode()).digest()[:8], "little") >> 1)
 
 
 def longest_step(studies, tokens, args):
@@ -248,7 +129,7 @@ def describe(plan, model, parameters, tokens, paper_steps, sharded, bf16):
     """The lines that --dry_run prints: arithmetic of the batch, steps beside the paper's, tokens per study, GiB per GPU."""
     weights = sum(p.numel() * p.element_size() for p in model.parameters())
     gradients = sum(p.numel() * p.element_size() for p in parameters.values())
-    states = sum(p.numel() * (12 if p.dtype != torch.float32 else 8) for p in parameters.values()) / (world() if sharded else 1)
+    states = sum(p.numel() * (12 if p.dtype != torch.float32 else 8) for p in parameters.values()) / (ranks.world() if sharded else 1)
     gib = lambda size: f"{size / 2**30:.2f}"
     ordered = sorted(tokens)
     return "\n".join([
@@ -262,15 +143,15 @@ def describe(plan, model, parameters, tokens, paper_steps, sharded, bf16):
 # --------------------------------------------------------------------------------------- the wrapped student, the optimiser
 
 def wrap(packed, device):
-    """DDP around the packed student (also alone in one process). Its gradients are means over ranks."""
-    if world() == 1:
+    """DDP around the packed student, whose gradients then are means over ranks; alone in one process it stays as it is."""
+    if ranks.world() == 1:
         return packed
     return DistributedDataParallel(packed, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
 
 
 def synced(module, last):
     """Reduces gradients over ranks in the last micro-batch of a step only; to be entered before the forward."""
-    return contextlib.nullcontext() if last or world() == 1 else module.no_sync()
+    return contextlib.nullcontext() if last or ranks.world() == 1 else module.no_sync()
 
 
 def warm_up(module, batch, ids):
@@ -292,7 +173,7 @@ def on_studies(ids, batch):
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items() if isinstance(value, torch.Tensor))
-        raise SystemExit(f"rank {rank()}: out of memory on studies {', '.join(ids)}; {shapes}; a smaller --micro_batch, --max_tokens or "
+        raise SystemExit(f"rank {ranks.rank()}: out of memory on studies {', '.join(ids)}; {shapes}; a smaller --micro_batch, --max_tokens or "
                          "--max_pixels, or --gradient_checkpointing, takes less") from None
 
 
@@ -325,7 +206,7 @@ class MasterAdamW(torch.optim.AdamW):
 def make_optimizer(parameters, args, shard):
     """parameters: {name: parameter}. shard: masters and moments live on one rank each (needed when the decoder trains)."""
     settings = dict(lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.weight_decay)
-    if shard and world() > 1:
+    if shard and ranks.world() > 1:
         from torch.distributed.optim import ZeroRedundancyOptimizer  # here, since the import scripts old optimisers and warns of each
 
         return ZeroRedundancyOptimizer(parameters.values(), optimizer_class=MasterAdamW, **settings)
@@ -335,7 +216,7 @@ def make_optimizer(parameters, args, shard):
 def report_non_finite(loss, ids):
     """Names the studies of a micro-batch whose loss is NaN or infinite; all ranks then stop before the step, in Log.reduce or `update`."""
     if not torch.isfinite(loss):
-        tqdm.write(f"rank {rank()}: loss {loss.item()} on studies {', '.join(ids)}", file=sys.stderr)
+        tqdm.write(f"rank {ranks.rank()}: loss {loss.item()} on studies {', '.join(ids)}", file=sys.stderr)
 
 
 def update(parameters, optimizer, learning_rate, max_grad_norm):

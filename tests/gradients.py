@@ -10,11 +10,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import apo  # noqa: E402
 import data  # noqa: E402
+import ranks  # noqa: E402
 import student  # noqa: E402
 import training  # noqa: E402
 
 base, world, out, micro = sys.argv[1:]
-device = training.init()
+device = ranks.init()
 task = data.load_task(f"{world}/task.json")
 studies = data.read_studies(f"{world}/studies.jsonl", task)[:4]
 names = data.teacher_names(studies)
@@ -22,7 +23,7 @@ del studies[1].trajectories[names[2]]  # ragged: one teacher did not answer
 encoder = data.Encoder(base, task, world)
 examples = [encoder(s, data.student_prompt(s, task), [s.trajectories.get(n) for n in names]) for s in studies]
 mine = [range(4)[i:i + int(micro)] for i in range(0, 4, int(micro))]
-mine = mine[training.rank() * len(mine) // training.world():(training.rank() + 1) * len(mine) // training.world()]
+mine = mine[ranks.rank() * len(mine) // ranks.world():(ranks.rank() + 1) * len(mine) // ranks.world()]
 tokens = sum(len(r) for e in examples for r in e["responses"] if r is not None)
 gradients = {}
 for train in ("decoder,merger,vision", "lora", "merger"):
@@ -40,8 +41,8 @@ for train in ("decoder,merger,vision", "lora", "merger"):
                     loss = -logps.sum() / tokens
                 else:
                     loss = apo.apo_loss(logps, logps.detach() + 0.1, mask=batch["tokens"][:, 1:] > 0)[0].sum() / 4
-                (loss * training.world()).backward()
+                (loss * ranks.world()).backward()
         gradients |= {f"{train} {equation} {name}": p.grad.clone() for name, p in parameters.items()}
-if training.rank() == 0:
+if ranks.rank() == 0:
     save_file(gradients, out)
-training.close()
+ranks.close()

@@ -11,6 +11,7 @@ import torch
 from conftest import ROOT
 
 import checkpoint
+import ranks
 import training
 
 
@@ -188,7 +189,7 @@ def test_a_run_of_other_settings_is_refused_with_the_differences(begun, change, 
 
 
 def test_another_number_of_ranks_is_refused_unless_asked_for(begun, monkeypatch, capsys):
-    monkeypatch.setattr(training, "world", lambda: 2)
+    monkeypatch.setattr(ranks, "world", lambda: 2)
     with pytest.raises(SystemExit, match="world_size: 1 there, 2 here"):
         claim(begun)
     with pytest.raises(SystemExit, match="world_size: 1 there, 2 here"):
@@ -200,10 +201,10 @@ def test_another_number_of_ranks_is_refused_unless_asked_for(begun, monkeypatch,
 
 
 def test_shards_of_the_optimiser_do_not_go_to_another_number_of_ranks(tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "world", lambda: 2)
+    monkeypatch.setattr(ranks, "world", lambda: 2)
     claim(tmp_path / "run", train="decoder,merger")
     checkpoint.save_checkpoint(tmp_path / "run", 1, *trained(), {"log": {}}, 1)
-    monkeypatch.setattr(training, "world", lambda: 4)
+    monkeypatch.setattr(ranks, "world", lambda: 4)
     with pytest.raises(SystemExit, match="choose another --output_dir:\n  world_size: 2 there, 4 here"):
         claim(tmp_path / "run", train="decoder,merger", resume_anyway=True)
 

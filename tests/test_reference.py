@@ -86,7 +86,7 @@ def test_the_key_changes_with_everything_the_reference_depends_on(base, world, t
     names = data.teacher_names(studies)
 
     def key(**changes):
-        return reference.key(argparse.Namespace(**{**vars(args), **changes}), task, studies[:2], names)
+        return reference.cache_key(argparse.Namespace(**{**vars(args), **changes}), task, studies[:2], names)
 
     keys = {key(), key(max_pixels=1568), key(max_tokens=99), key(bf16=True), key(prompt="teacher"), key(student="another/checkpoint")}
     assert len(keys) == 6 and key() in keys

@@ -189,7 +189,7 @@ def test_no_id_or_teacher_becomes_a_file(hostile_studies, tmp_path):
         collect.run(collect.parse([str(path), "--endpoints", str(tmp_path / "endpoints.json"), "--images", str(films),
                                    "--out", str(tmp_path / "out.jsonl")]))
     done = [json.loads(line)["id"] for line in (tmp_path / "run" / "positives.jsonl").read_text().splitlines()]
-    assert done == names and not list(tmp_path.parent.glob("*escaped*"))
+    assert done == names and not [path for path in tmp_path.parent.glob("*escaped*") if not path.name.startswith("test_")]
     new = {file for file in set(tmp_path.rglob("*")) - before if (tmp_path / "run") not in (file, *file.parents)}
     assert new == {tmp_path / name for name in ("endpoints.json", "out.jsonl", "out.jsonl.answers.jsonl")}
     known = {"args.json", "env.json", "finished.json", ".lock", "positives.jsonl", "dropped.jsonl", "stats.json"}

@@ -9,6 +9,7 @@ import torch
 from transformers import GenerationConfig
 
 import data
+import results
 import selfdistill
 import student
 
@@ -319,7 +320,7 @@ def test_four_ranks_write_the_bytes_of_one(done, flags, script, tmp_path):
     assert not list((tmp_path / "four").glob("part-*"))
 
 
-TORN = b'{"id": "train-00003", "t_plus": "\xe2\x80'  # inside a character
+TORN = b'["train-00003", {"id": "train-00003", "t_plus": "\xe2\x80'  # inside a character
 
 
 @pytest.mark.parametrize("share, torn", [(0, TORN), (0.3, b""), (0.5, TORN), (0.7, b"cut"), (1, TORN), (1, b"")])
@@ -339,9 +340,9 @@ def test_a_killed_run_goes_on_to_the_same_file(done, flags, tmp_path, monkeypatc
 
     monkeypatch.setattr(student, "sample", listen)
     assert stage(flags, folder) == done[1]
-    ids = [json.loads(line)["id"] for line in part.split(b"\n") if line]
+    ids = [json.loads(line)[0] for line in part.split(b"\n") if line]
     batches = [ids[at:at + 5] for at in range(0, len(ids), 5)]
-    on_disk = {json.loads(line)["id"] for line in part[:cut].split(b"\n")[:-1] if line}
+    on_disk = {json.loads(line)[0] for line in part[:cut].split(b"\n")[:-1] if line}
     # what is not there is drawn in the batches of the uninterrupted run, whole
     assert [seeds for seeds in asked if seeds[0].endswith(" 0")] == [[f"0 {id} 0" for id in batch] for batch in batches if set(batch) - on_disk]
 
@@ -355,7 +356,7 @@ def test_a_line_that_a_kill_tore_is_closed_before_the_next_one(done, flags, tmp_
         patch.setattr(selfdistill, "statistics", lambda *args: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             stage(flags, folder)
-    records = selfdistill.read_parts(folder)
+    records = results.read_parts(folder)
     assert len(records) == 24
     monkeypatch.setattr(student, "sample", lambda *args: pytest.fail("everything was on disk"))
     assert stage(flags, folder) == done[1]

@@ -5,6 +5,7 @@ import argparse
 import pytest
 import torch
 
+import ranks
 import spd
 import training
 
@@ -21,29 +22,29 @@ def settings(**flags):
     return argparse.Namespace(**{"seed": 0, "global_batch": 4, "micro_batch": 1, "num_epochs": 2, "max_steps": None, **flags})
 
 
-@pytest.mark.parametrize("ranks, micro", [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
-def test_each_step_takes_the_same_studies_however_they_are_shared(monkeypatch, ranks, micro):
-    def steps(ranks, micro):
+@pytest.mark.parametrize("count, micro", [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
+def test_each_step_takes_the_same_studies_however_they_are_shared(monkeypatch, count, micro):
+    def steps(count, micro):
         taken = []
-        for rank in range(ranks):
-            monkeypatch.setattr(training, "world", lambda: ranks)
-            monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
+        for rank in range(count):
+            monkeypatch.setattr(ranks, "world", lambda: count)
+            monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
             plan = training.Plan(11, settings(micro_batch=micro))
             batches = plan.micro_batches()
             taken.append([sum(batches[s * plan.accumulation:(s + 1) * plan.accumulation], []) for s in range(plan.steps)])
         return [sorted(sum(step, [])) for step in zip(*taken)]
 
-    assert steps(ranks, micro) == steps(1, 1)
-    assert all(len(set(step)) == 4 for step in steps(ranks, micro)) and len(steps(ranks, micro)) == 4  # 2 epochs x (11 // 4)
+    assert steps(count, micro) == steps(1, 1)
+    assert all(len(set(step)) == 4 for step in steps(count, micro)) and len(steps(count, micro)) == 4  # 2 epochs x (11 // 4)
 
 
-@pytest.mark.parametrize("ranks, micro", [(1, 1), (2, 2), (4, 1)])
-def test_the_micro_batches_of_all_ranks_are_the_order_of_the_epoch_cut_in_pieces(monkeypatch, ranks, micro):
+@pytest.mark.parametrize("count, micro", [(1, 1), (2, 2), (4, 1)])
+def test_the_micro_batches_of_all_ranks_are_the_order_of_the_epoch_cut_in_pieces(monkeypatch, count, micro):
     """The reference pass cuts the order like this, so that its rows are those of the first epoch and the first rewards exactly 0."""
     batches = []
-    for rank in range(ranks):
-        monkeypatch.setattr(training, "world", lambda: ranks)
-        monkeypatch.setattr(training, "rank", lambda rank=rank: rank)
+    for rank in range(count):
+        monkeypatch.setattr(ranks, "world", lambda: count)
+        monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
         plan = training.Plan(11, settings(micro_batch=micro))
         batches += plan.micro_batches()[:plan.steps_per_epoch * plan.accumulation]
     order = plan.order(0)

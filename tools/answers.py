@@ -19,8 +19,8 @@ import checkpoint  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
 import flags  # noqa: E402
+import ranks  # noqa: E402
 import student  # noqa: E402
-import training  # noqa: E402
 from records import require_folder  # noqa: E402
 
 
@@ -49,18 +49,18 @@ def run(args):
     task = data.load_task(args.task_file)
     studies = data.read_studies(args.studies, task, args.split)[:args.limit]
     encoder = data.Encoder(args.student, task, args.images, args.max_pixels)
-    model = student.load(args.student, torch.bfloat16 if args.bf16 else torch.float32, training.init())
+    model = student.load(args.student, torch.bfloat16 if args.bf16 else torch.float32, ranks.init())
     texts = evaluate.answers(model, encoder, studies, task, 0.0, batch_size=args.batch_size, max_new_tokens=args.max_new_tokens,
                              num_workers=args.num_workers)
     lines = [json.dumps({"id": study.id, "text": text}, ensure_ascii=False) + "\n" for study, text in zip(studies, texts)]
-    training.on_rank_zero(lambda: checkpoint.write_text(Path(args.output), "".join(lines)))
-    training.say(f"{args.output}: {len(lines)} answers")
+    ranks.on_rank_zero(lambda: checkpoint.write_text(Path(args.output), "".join(lines)))
+    ranks.say(f"{args.output}: {len(lines)} answers")
     return {study.id: text for study, text in zip(studies, texts)}
 
 
 def main():
     args = parse()
-    with training.process_group("answers"):
+    with ranks.process_group("answers"):
         run(args)
 
 

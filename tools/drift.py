@@ -64,10 +64,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/ surrou
 
 import checkpoint  # noqa: E402
 import data  # noqa: E402
+import ranks  # noqa: E402
 import reference  # noqa: E402
 import student  # noqa: E402
 import teachers  # noqa: E402
-import training  # noqa: E402
 from records import require_folder  # noqa: E402
 
 CHUNK = 25  # permutations whose sums are taken in one matrix product
@@ -114,7 +114,7 @@ def columns(studies, names, task, on, num_workers=0):
 def log_probs(studies, names, task, args):
     """-> (N, n, 1): the student's log pi(t^u | v, l) per token in nats, less the teacher's mean; 0, the mean, where there is no text. With
     --output, what is computed is kept in OUTPUT.logps.jsonl, and the same command goes on from there."""
-    device = training.init()
+    device = ranks.init()
     encoder = data.Encoder(args.student, task, args.images, args.max_pixels, args.max_tokens)
     known, kept, key = {}, Path(f"{args.output}.logps.jsonl") if args.output else None, reference.key(args, task, studies, names)
     if kept and kept.exists():
