@@ -73,17 +73,12 @@ def grade_texts(study, task):
     return [speak("qwen-vl-max", {**reading, word: grade}, np.random.default_rng(0)) for word in FINDINGS.values() for grade in GRADES]
 
 
-STYLE = ("svg{--ink:#333;--line:#1f6f8b;background:#fff} text{fill:var(--ink)} .axis{stroke:var(--ink);fill:none} "
-         ".mean{stroke:var(--line);fill:none;stroke-width:2} .dash{stroke-dasharray:5 4} circle{fill:var(--line);opacity:.45} "
-         "@media(prefers-color-scheme:dark){svg{--ink:#ddd;--line:#6fc3df;background:#1b1d20}}")
-
-
 def beta_figure(cells):
     """Three panels against 1/beta, a dot for each seed and a line through the means: accuracy (sampled; dashed: predicted), unread
     rate of sampled answers, log pi_theta(t+) - log pi_st(t+). -> SVG text."""
     return "\n".join([
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 900 270" role="img" font-family="sans-serif" font-size="12">',
-        f"<title>APO on the scale model against 1/beta</title><style>{STYLE}</style>",
+        f"<title>APO on the scale model against 1/beta</title><style>{demo_ladder.STYLE}</style>",
         *panel(cells, 55, "accuracy, sampled (dashed: predicted)", lambda cell: cell["sampled"]["mean"], lambda cell: cell["predicted"]),
         *panel(cells, 355, "unread, sampled", lambda cell: cell["sampled"]["unread"]),
         *panel(cells, 655, "log-ratio of t+, nats", lambda cell: cell["log_ratio_of_t_plus"]), "</svg>"]) + "\n"

@@ -314,6 +314,40 @@ def read_cells(folders, pattern):
     return [json.loads(path.read_text()) for folder in folders for path in sorted(folder.glob(pattern))]
 
 
+STYLE = ("svg{--ink:#333;--line:#1f6f8b;background:#fff} text{fill:var(--ink)} .axis{stroke:var(--ink);fill:none} "
+         ".mean{stroke:var(--line);fill:none;stroke-width:2} .dash{stroke-dasharray:5 4} circle{fill:var(--line);opacity:.45} "
+         "@media(prefers-color-scheme:dark){svg{--ink:#ddd;--line:#6fc3df;background:#1b1d20}}")
+SHOWN = ("best teacher", "vote of the teachers", "t+ itself", "SPD, one teacher", "SPD, all teachers", "SPD, all, continued",
+         "SPD, all + fine-tuning on t+", "SPD, all + APO (merger)", LORA)
+
+
+def ladder_figure(cells):
+    """README's picture: for some rows and each world a dot for each seed and a stroke at their mean: accuracy of answers sampled at
+    temperature 1, or of texts as they are given. -> SVG text."""
+    height, worlds = 26, list(dict.fromkeys(cell["world"] for cell in cells))
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 {90 + height * len(SHOWN)}" role="img" font-family="sans-serif" font-size="13">',
+             f"<title>The scale model: accuracy of every seed, sampled answers</title><style>{STYLE}</style>"]
+    for i, row in enumerate(SHOWN):
+        parts.append(f'<text x="210" y="{50 + height * i}" text-anchor="end">{row}</text>')
+    for left, world in zip((225, 550), worlds):
+        x = lambda value, left=left: left + 290 * (value - 0.5) / 0.35  # from .50 to .85
+        parts.append(f'<text x="{left}" y="20" font-weight="bold">world \'{world}\'</text>')
+        for tick in (0.5, 0.6, 0.7, 0.8):
+            parts += [f'<path class="axis" opacity=".25" d="M{x(tick):.1f} 32V{40 + height * len(SHOWN)}"/>',
+                      f'<text x="{x(tick):.1f}" y="{58 + height * len(SHOWN)}" text-anchor="middle">{tick:g}</text>']
+        for i, row in enumerate(SHOWN):
+            y, values = 45 + height * i, [score_of(cell) for cell in cells if (cell["world"], cell["row"]) == (world, row)]
+            parts += [f'<circle cx="{x(value):.1f}" cy="{y}" r="3.5"/>' for value in values]
+            parts.append(f'<path class="mean" d="M{x(statistics.mean(values)):.1f} {y - 8}v16"/>')
+    parts.append(f'<text x="225" y="{82 + height * len(SHOWN)}">accuracy on 200 drawn test films, five findings; a dot a seed, the stroke their mean</text>')
+    return "\n".join([*parts, "</svg>"]) + "\n"
+
+
+def score_of(cell):
+    """Accuracy of a cell's sampled answers, or of texts as they are given."""
+    return cell.get("sampled", cell.get("given"))["mean"]
+
+
 def options_of(args, bases=None):
     return {"films": args.films, "split": args.split, "max_steps": args.max_steps, "bases": bases}
 
@@ -334,6 +368,7 @@ def ladder(args):
     cells.sort(key=lambda cell: (args.worlds.index(cell["world"]), cell["seed"], ROWS.index(cell["row"])))
     results = {"experiment": experiment(args), "claims": claims(cells), "cells": cells}
     checkpoint.write_text(out / "results.json", json.dumps(results) + "\n")
+    checkpoint.write_text(out / "ladder.svg", ladder_figure(cells))
     checkpoint.write_text(out / "tables.md", paper_tables.ladder_markdown(results) + "\n" + paper_tables.claims_markdown(results))
     print(paper_tables.ladder_table(results))
     return results

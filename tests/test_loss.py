@@ -102,6 +102,18 @@ def test_a_negative_or_non_finite_weight_is_refused(weights):
         apo_loss(torch.zeros(1, 3), torch.zeros(1, 3), weights)
 
 
+@pytest.mark.parametrize("shapes", [((3,), (3,)), ((2, 4), (2, 3)), ((2, 4), (2, 4), (2, 4)), ((2, 4), (2, 4), (3,))])
+def test_other_shapes_are_refused(shapes):
+    logps, ref, *mask = (torch.zeros(shape) for shape in shapes)
+    with pytest.raises(ValueError, match=r"expected logps and ref_logps \(B, 1\+N\) and mask \(B, N\) bool"):
+        apo_loss(logps, ref, mask=mask[0].bool() if mask else None)
+
+
+def test_a_mask_of_numbers_is_refused():
+    with pytest.raises(ValueError, match="bool"):
+        apo_loss(torch.zeros(1, 3), torch.zeros(1, 3), mask=torch.ones(1, 2))
+
+
 def test_a_study_without_teachers_is_refused():
     with pytest.raises(ValueError, match="at least one teacher"):
         apo_loss(torch.zeros(2, 3), torch.zeros(2, 3), mask=torch.tensor([[True, True], [False, False]]))

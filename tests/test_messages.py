@@ -354,7 +354,7 @@ add("spd.py", READERS["spd.py"], {
                                       "--train lora,decoder: expected some of lora, merger, decoder, vision, and not both lora and decoder"),
     "a batch that does not divide": ("--global_batch 3 --micro_batch 2", {}, "--global_batch 3: expected a multiple of 1 ranks x --micro_batch 2"),
     "fewer studies than a batch": ("--global_batch 5", {}, "4 studies: expected at least one --global_batch of 5"),
-    "nothing but refusals": ({"studies.jsonl": [record(i, trajectories={"u": "I cannot say"}) for i in "abcd"]},
+    "nothing but refusals": ("--refusals drop", {"studies.jsonl": [record(i, trajectories={"u": "I cannot say"}) for i in "abcd"]},
                              "0 studies: expected at least one --global_batch of 4"),
     "no study that fits": ("--max_tokens 9", {}, "0 studies: expected at least one --global_batch of 4"),
     "a replay without t+": ("--replay replay.jsonl", {"replay.jsonl": [record("a", t_plus=None)]},
@@ -370,6 +370,8 @@ add("spd.py", READERS["spd.py"], {
     "a student without a tokenizer": ("--student broken", {"broken": broken_student, "broken/tokenizer.json": "{"},
                                       "--student broken: expected the tokenizer and image processor of a Qwen2.5-VL: ..."),
 })
+CASES["spd.py: --learning_rate 0"] = Case(f"{READERS['spd.py']} --learning_rate 0",
+                                          "argument --learning_rate: '0', expected a number above 0", status=2)
 for flag in ("logging_steps", "save_steps", "lora_r", "max_tokens", "max_steps"):
     CASES[f"spd.py: --{flag} 0"] = Case(f"{READERS['spd.py']} --{flag} 0", f"argument --{flag}: '0', expected a whole number of at least 1", status=2)
 add("spd.py", f"spd.py {STAGE.replace(' --output_dir out', '')}", {"no output": ("", {}, "--output_dir: missing; name the run's folder")})
@@ -952,6 +954,7 @@ FUNCTIONS = {
                                                     "--max_tokens or --max_pixels, or --gradient_checkpointing, takes less"),
     "a path that is none": (lambda: data.image_path("a\0b", "."), "'a\\x00b': no path of an image: embedded null byte"),
     "Open-I without reports": (lambda: benchmarks.open_i("none"), "none: no ecgen-radiology/*.xml"),
+    "other shapes": (lambda: apo.apo_loss(torch.zeros(1, 2), torch.zeros(1, 3)), "expected logps and ref_logps (B, 1+N) and mask (B, N) bool"),
     "a weight below 0": (lambda: apo.apo_loss(torch.zeros(1, 2), torch.zeros(1, 2), [-1.0]), "weights: expected finite w_u >= 0"),
     "a study without teachers": (lambda: apo.apo_loss(torch.zeros(1, 2), torch.zeros(1, 2), mask=torch.tensor([[False]])),
                                  "mask: expected at least one teacher in every row"),

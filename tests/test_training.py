@@ -5,7 +5,9 @@ import argparse
 import pytest
 import torch
 
+import apo
 import ranks
+import selfdistill
 import spd
 import training
 
@@ -133,3 +135,14 @@ def test_a_missing_input_names_the_command_that_makes_it(script, world, tmp_path
     out = script("selfdistill.py", "--studies", world / "studies.jsonl", "--student", "runs/nowhere/student", "--output_dir", tmp_path,
                  expect=1).stdout
     assert "--student runs/nowhere/student: missing; stage 1 makes pi_st: spd.py" in out
+
+
+def test_the_presets_of_the_three_stages_agree_and_help_shows_them(capsys):
+    for name in ("paper", "released"):
+        stages = [stage.parse(["--studies", "x", "--preset", name]) for stage in (spd, selfdistill, apo)]
+        assert {args.refusals for args in stages} == {"keep"}, name
+    assert apo.parse(["--studies=x"]).train == "merger" and apo.parse(["--studies", "x", "--beta", "0.3"]).beta == 0.3
+    with pytest.raises(SystemExit):
+        apo.parse(["--studies", "x", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "what trains: lora,merger,decoder,vision (default: merger)" in shown and "decline to answer (default: keep)" in shown
