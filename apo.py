@@ -65,7 +65,6 @@ def apo_loss(logps, ref_logps, weights=None, mask=None, beta=0.1):
 
 import argparse  # noqa: E402
 import math  # noqa: E402
-from pathlib import Path  # noqa: E402
 
 from tqdm import tqdm  # noqa: E402
 
@@ -163,7 +162,7 @@ def run(args):
         student.enable_gradient_checkpointing(model)
     if args.dry_run:
         ranks.say(training.describe(plan, model, parameters, tokens, 12_132, "decoder" in train, args.bf16))
-        studies, tokens, plan = training.longest_step(studies, tokens, args)
+        all_steps, (studies, tokens, plan) = plan.steps, training.longest_step(studies, tokens, args)
     if args.reference == "cached":  # before a checkpoint is loaded: the model is still pi_st
         ref = reference.cached_logps(packed, encode, batch_of, plan, reference.cache_key(args, task, studies, names), args)
     else:
@@ -228,10 +227,10 @@ def run(args):
     stop.over()
     bar.close()
     if args.dry_run:
-        ranks.say(f"one step ran; peak memory {ranks.peak_gib(device):.2f} GiB")
+        training.report_dry_run(bar, all_steps, device)
         return
     checkpoint.finish(args, model, encoder, parameters, "autonomous preference optimisation (Eq. 11)")
-    ranks.say(f"critique: pi_theta is {Path(args.output_dir) / 'student'}")
+    ranks.say(f"critique: pi_theta is {checkpoint.result(args)}")
     if lock:
         lock.close()
 

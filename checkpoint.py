@@ -126,6 +126,8 @@ def open_run(args, inputs):
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the kernel lets go of it however the process ends
         except BlockingIOError:
             raise SystemExit(f"{folder}: another run holds {folder / '.lock'}; wait for it or choose another --output_dir") from None
+        except OSError as error:  # some shared disks have no locks
+            ranks.say(f"warning: {folder}: {error}; nothing keeps a second run out of this folder")
         if args.resume == "never":
             for old in [old for pattern in OF_A_RUN for old in folder.glob(pattern)]:
                 if old.resolve() not in (Path(path).resolve() for path in inputs.values() if path):
@@ -323,6 +325,12 @@ def finish(args, model, encoder, parameters, stage):
         write_text(folder / "finished.json", json.dumps({"stage": stage, "train": args.train}) + "\n")
 
     ranks.on_rank_zero(write)
+
+
+def result(args):
+    """What `finish` wrote, in words."""
+    folder = Path(args.output_dir)
+    return folder / "student" if (folder / "student").exists() else f"the adapter in {folder / 'adapter'} on {args.student}; --merge writes student/"
 
 
 def finished(args):

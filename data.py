@@ -21,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from tqdm import tqdm
 
 from metrics.findings import is_refusal as is_chest_refusal
 from metrics.findings import read_findings
@@ -223,7 +224,7 @@ def read_positives(path, studies):
 def drop_refusals(studies, task):
     """Removes refusing trajectories, then studies without any; returns (studies, how many trajectories were dropped)."""
     dropped = 0
-    for study in studies:
+    for study in tqdm(studies, desc="refusals", disable=None):  # reads every text; no bar where nobody watches
         kept = {name: text for name, text in study.trajectories.items() if not is_refusal(text, task)}
         dropped += len(study.trajectories) - len(kept)
         study.trajectories = kept

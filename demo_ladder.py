@@ -325,7 +325,8 @@ def ladder_figure(cells):
     """README's picture: for some rows and each world a dot for each seed and a stroke at their mean: accuracy of answers sampled at
     temperature 1, or of texts as they are given. -> SVG text."""
     height, worlds = 26, list(dict.fromkeys(cell["world"] for cell in cells))
-    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 860 {90 + height * len(SHOWN)}" role="img" font-family="sans-serif" font-size="13">',
+    size = f'viewBox="0 0 860 {90 + height * len(SHOWN)}" role="img" font-family="sans-serif" font-size="13"'
+    parts = [f'<svg xmlns="http://www.w3.org/2000/svg" {size}>',
              f"<title>The scale model: accuracy of every seed, sampled answers</title><style>{STYLE}</style>"]
     for i, row in enumerate(SHOWN):
         parts.append(f'<text x="210" y="{50 + height * i}" text-anchor="end">{row}</text>')
@@ -338,8 +339,9 @@ def ladder_figure(cells):
         for i, row in enumerate(SHOWN):
             y, values = 45 + height * i, [score_of(cell) for cell in cells if (cell["world"], cell["row"]) == (world, row)]
             parts += [f'<circle cx="{x(value):.1f}" cy="{y}" r="3.5"/>' for value in values]
-            parts.append(f'<path class="mean" d="M{x(statistics.mean(values)):.1f} {y - 8}v16"/>')
-    parts.append(f'<text x="225" y="{82 + height * len(SHOWN)}">accuracy on 200 drawn test films, five findings; a dot a seed, the stroke their mean</text>')
+            parts += [f'<path class="mean" d="M{x(statistics.mean(values)):.1f} {y - 8}v16"/>'] if values else []
+    below = "accuracy on 200 drawn test films, five findings; a dot a seed, the stroke their mean"
+    parts.append(f'<text x="225" y="{82 + height * len(SHOWN)}">{below}</text>')
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

@@ -39,7 +39,8 @@ def add_data_arguments(parser):
     g.add_argument("--teachers", help="NAME,...: only these teachers (default: all)")
     g.add_argument("--refusals", choices=("keep", "drop"), default="drop", help="trajectories that decline to answer (default: %(default)s)")
     g.add_argument("--max_pixels", type=at_least_one, default=1024 * 28 * 28, help="pixels per image, 784 make a token (default: %(default)s)")
-    g.add_argument("--num_workers", type=int, default=0, help="processes per rank that load images (default: %(default)s)")
+    g.add_argument("--num_workers", type=int, default=4 if torch.cuda.is_available() else 0,
+                   help="processes per rank that load images (default: 4 on a GPU, else 0)")
     g.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
                    help="weights in bf16, updates in fp32 (default: on a GPU)")
     g.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")

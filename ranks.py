@@ -7,6 +7,7 @@ import resource
 import sys
 import time
 import traceback
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -25,7 +26,8 @@ def init():
     elif "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(1)  # as torchrun does: sums then do not depend on the number of cores, nor speed on who else uses them
     if "RANK" in os.environ and not dist.is_initialized():
-        dist.init_process_group("nccl" if cuda else "gloo", device_id=device if cuda else None)
+        # hours, since the others wait while rank 0 hashes a student or reads what stage 2 sampled; a rank that dies ends them at once all the same
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3), device_id=device if cuda else None)
     return device
 
 

@@ -233,6 +233,8 @@ def run(args):
         for part in folder.glob("part-*.jsonl"):
             part.unlink()
         print("compare:", json.dumps(stats), flush=True)
+        if stats["positives"] < 0.8 * stats["studies"]:
+            print("warning: more than a fifth of the studies have no t+; dropped.jsonl says why ('unfinished': --max_new_tokens)", flush=True)
 
     ranks.on_rank_zero(merge)
     if lock:

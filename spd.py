@@ -23,7 +23,6 @@ Where the paper is silent or contradicts itself:
 
 import argparse
 import random
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -76,6 +75,8 @@ def run(args):
     if args.refusals == "drop":
         studies, dropped = data.drop_refusals(studies, task)
     studies = [study for study in studies if study.trajectories]
+    if not studies:
+        raise ValueError(f"{args.studies}: no study has trajectories, expected the teachers' texts")
     replay = data.read_studies(args.replay, task) if args.replay else []
     if replay and (sum(study.t_plus is not None for study in replay) < len(replay) or len(replay) < args.replay_rows):
         raise ValueError(f'{args.replay}: expected "t_plus" in each record, and at least --replay_rows {args.replay_rows} records')
@@ -97,7 +98,7 @@ def run(args):
     optimizer = training.make_optimizer(parameters, args, shard="decoder" in train)
     if args.dry_run:
         ranks.say(training.describe(plan, model, parameters, tokens, 10_686, "decoder" in train, args.bf16))
-        studies, tokens, plan = training.longest_step(studies, tokens, args)
+        all_steps, (studies, tokens, plan) = plan.steps, training.longest_step(studies, tokens, args)
     start, sums = checkpoint.resume(args, parameters, optimizer)
     packed = training.wrap(student.PackedStudent(model), device)
 
@@ -165,10 +166,10 @@ def run(args):
     stop.over()
     bar.close()
     if args.dry_run:
-        ranks.say(f"one step ran; peak memory {ranks.peak_gib(device):.2f} GiB")
+        training.report_dry_run(bar, all_steps, device)
         return
     checkpoint.finish(args, model, encoder, parameters, "supervised pre-distillation (Eq. 6)")
-    ranks.say(f"learn: pi_st is {Path(args.output_dir) / 'student'}")
+    ranks.say(f"learn: pi_st is {checkpoint.result(args)}")
     if lock:
         lock.close()
 

@@ -43,11 +43,13 @@ def require_family(path):
     except OSError as error:
         raise ValueError(f"--student {path}: expected the folder or hub id of a Qwen2.5-VL: {str(error).splitlines()[0]}") from None
     if family != "qwen2_5_vl":
+        inner = Path(path) / "student" / "config.json"
         raise ValueError(
-            f"--student {path} is a {family or 'model without a model_type'}, expected a Qwen2.5-VL (qwen2_5_vl) of any size. For another family "
-            "these would have to be true: data.Encoder writes its chat format and image tokens; student.pack takes its positions from the model "
-            "and lets branches restart behind the prefix; its attention takes a 4-D mask; set_trainable finds its decoder, its vision tower and "
-            "what joins them. tests/test_packed.py then says whether the packed step is still exact")
+            f"--student {path} is a {family or 'model without a model_type'}, expected a Qwen2.5-VL (qwen2_5_vl) of any size"
+            + (f"; {inner.parent} may be meant" if inner.exists() else "")
+            + ". For another family these would have to be true: data.Encoder writes its chat format and image tokens; student.pack takes its "
+            "positions from the model and lets branches restart behind the prefix; its attention takes a 4-D mask; set_trainable finds its "
+            "decoder, its vision tower and what joins them. tests/test_packed.py then says whether the packed step is still exact")
     index = Path(path) / "model.safetensors.index.json"
     if index.exists() and not all(str(file).endswith(".safetensors") for file in read_json(index)["weight_map"].values()):
         raise ValueError(f"{index}: expected .safetensors files only")  # transformers would unpickle what else it names, if with care

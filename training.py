@@ -36,7 +36,7 @@ def fit(encoder, studies, prompt, responses, max_tokens, truncate):
     -> (studies to use, [{"id", "tokens", "cut"}] of those that do not fit, packed length of each used study). A study that does not
     fit is left out, or with `truncate` kept and cut, unless its image and prompt alone leave no room for the responses."""
     kept, long, tokens = [], [], []
-    for study in studies:
+    for study in tqdm(studies, desc="lengths", disable=ranks.rank() > 0):
         prefix, lengths = encoder.lengths(study, prompt(study), responses(study))
         total = prefix + sum(lengths)
         room = max_tokens - prefix >= 16 * len(lengths)
@@ -110,8 +110,9 @@ def _in_worker(_):
 
 def loader(encode, batches, num_workers=0):
     """Iterates over `batches`, each key passed to encode(key), with a generator of its own: iter(DataLoader) draws from the global one."""
+    context = "fork" if num_workers else None  # `encode` is a function within a function; Python 3.14 would want to pickle it
     return torch.utils.data.DataLoader(_Items(encode), batch_sampler=batches, collate_fn=list, num_workers=num_workers,
-                                       worker_init_fn=_in_worker, generator=torch.Generator())
+                                       worker_init_fn=_in_worker, generator=torch.Generator(), multiprocessing_context=context)
 
 
 def seed_step(seed, step, micro):
@@ -123,6 +124,13 @@ def longest_step(studies, tokens, args):
     longest = sorted(range(len(studies)), key=lambda index: tokens[index])[-args.global_batch:]
     studies, tokens = [studies[index] for index in longest], [tokens[index] for index in longest]
     return studies, tokens, Plan(len(studies), args)
+
+
+def report_dry_run(bar, all_steps, device):
+    """The last line of --dry_run, after the one step that `bar` counted."""
+    seconds = bar.format_dict["elapsed"]
+    ranks.say(f"one step of the longest studies: {seconds:.1f} s, so all {all_steps:,} take {all_steps * seconds / 3600:.1f} hours or less; "
+              f"peak memory {ranks.peak_gib(device):.2f} GiB")
 
 
 def describe(plan, model, parameters, tokens, paper_steps, sharded, bf16):

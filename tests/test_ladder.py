@@ -169,5 +169,6 @@ def test_the_readme_and_experiment_md_hold_the_committed_results():
     assert paper_tables.claims_markdown(results) in (root / "EXPERIMENT.md").read_text()
     assert demo_ladder.claims(results["cells"]) == results["claims"]
     cells = json.loads((root / "tests/data/beta.json").read_text())["cells"]
+    assert demo_ladder.ladder_figure(results["cells"]) == (root / "docs/ladder.svg").read_text()
     assert demo_beta.beta_figure(cells) == (root / "docs/beta.svg").read_text()
     assert textwrap.indent(demo_beta.beta_table(cells), "    ") in (root / "README.md").read_text()
