@@ -1,6 +1,7 @@
 """The run folder: what it refuses, what a save keeps, what a damaged or full disk leaves."""
 
 import argparse
+import errno
 import json
 import resource
 import subprocess
@@ -239,6 +240,15 @@ def test_a_second_run_in_the_folder_names_the_lock(begun):
         checkpoint.open_run(argparse.Namespace(output_dir=begun.with_name("other"), resume="never", train="lora"), {})
     assert contents(begun.with_name("other")) == before
     lock.close()
+
+
+def test_a_disk_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", no_locks)
+    claim(tmp_path / "run")
+    assert "No locks available; nothing keeps a second run out of this folder" in capsys.readouterr().out
 
 
 def test_what_a_kill_left_half_written_is_removed(begun):

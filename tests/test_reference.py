@@ -175,7 +175,8 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(script, run_flags, positiv
     for name, own in (("spd.py", []), ("apo.py", ["--positives", positives])):
         out = script(name, *run_flags, *own, "--preset", "paper", "--output_dir", tmp_path / "nothing", "--dry_run").stdout
         assert "24 studies, 6 steps of 4 = 1 ranks x 4 micro-batches x 1 studies" in out
-        assert "the paper's: 1" in out and "tokens per study" in out and "GiB per GPU" in out and "one step ran" in out
+        assert "the paper's: 1" in out and "tokens per study" in out and "GiB per GPU" in out
+        assert "one step of the longest studies: " in out and "so all 6 take " in out
     assert not (tmp_path / "nothing").exists()
 
 

@@ -386,6 +386,12 @@ def test_other_settings_do_not_continue_a_begun_run(done, flags, tmp_path):
     assert other["positives.jsonl"] != done[1]["positives.jsonl"]
 
 
+def test_many_studies_without_a_positive_are_warned_of(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(student, "sample", lambda model, encoder, examples, *rest: [([5], "length")] * len(examples))
+    assert lines(stage(flags, tmp_path / "cut")["positives.jsonl"]) == []
+    assert "warning: more than a fifth of the studies have no t+; dropped.jsonl says why" in capsys.readouterr().out
+
+
 def test_statistics_count_agreement_and_truth_by_hand(task):
     studies = [data.Study("a", (), {"Edema": "mild", "Pneumonia": "absent"}, {"u": "edema mild, pneumonia severe", "v": "edema mild"}),
                data.Study("b", (), {"Edema": "severe"}, {"u": "edema absent"}), data.Study("c", (), {}, {"u": "edema mild"})]
