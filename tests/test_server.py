@@ -11,6 +11,7 @@ from PIL import Image
 
 import data
 import endpoint
+import results
 import selfdistill
 import student
 
@@ -95,7 +96,7 @@ def test_a_server_that_goes_away_loses_nothing_and_may_come_back_elsewhere(flags
     gone = lambda chat, body, nth: serves(chat, body, nth) if len(chat.asked) <= 7 else (404, {"error": "shutting down"})
     with serve(gone) as chat, pytest.raises(endpoint.Failure, match="sample '0 train-.*: HTTP 404: shutting down"):
         stage(flags, tmp_path / "torn", "--server", chat.url, "--server_concurrency", 2)
-    there = set(selfdistill.read_parts(tmp_path / "torn"))
+    there = set(results.read_parts(tmp_path / "torn"))
     gc.collect()  # the failure's frames hold the lock of the folder
     assert there and not (tmp_path / "torn" / "finished.json").exists()
     with serve(serves) as chat:

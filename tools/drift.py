@@ -116,7 +116,7 @@ def log_probs(studies, names, task, args):
     --output, what is computed is kept in OUTPUT.logps.jsonl, and the same command goes on from there."""
     device = ranks.init()
     encoder = data.Encoder(args.student, task, args.images, args.max_pixels, args.max_tokens)
-    known, kept, key = {}, Path(f"{args.output}.logps.jsonl") if args.output else None, reference.key(args, task, studies, names)
+    known, kept, key = {}, Path(f"{args.output}.logps.jsonl") if args.output else None, reference.cache_key(args, task, studies, names)
     if kept and kept.exists():
         for line in kept.read_bytes().split(b"\n"):
             with contextlib.suppress(ValueError):  # a line that a kill tore
