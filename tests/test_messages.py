@@ -663,9 +663,9 @@ add("tools/prepare_mimic.py", f"{MIMIC_FLAGS} --keep_ms_cxr_t", {
     "too large a sample": ("--sample 99", PREPARED, "--sample 99: expected at most the 3 training studies that are left"),
     "films that are not there": (PREPARED | {"in/files": shutil.rmtree}, "5 of the 5 films that out.images.txt names are missing in in, the first "
                                                                          "files/p10/...jpg; fetch that list, or leave ... with --skip_missing"),
-    "a film of MS-CXR-T that leads out": ("--ms_cxr_t t.csv", PREPARED | {"t.csv": f"{PAIRS}\n1,2,../../x,3,y\n"},
+    "a film of MS-CXR-T that leads out": ("--ms_cxr_t t.csv", PREPARED | {"t.csv": f"{PAIRS}\n10000032,2,../../x,3,y\n"},
                                           "t.csv:2: dicom_id '../../x', expected p10/p10000032/s50414267/DICOM_ID or DICOM_ID"),
-    "no previous film in MS-CXR-T": ("--ms_cxr_t t.csv", PREPARED | {"t.csv": f"{PAIRS}\n1,2,x,3,\n"},
+    "no previous film in MS-CXR-T": ("--ms_cxr_t t.csv", PREPARED | {"t.csv": f"{PAIRS}\n10000032,2,x,3,\n"},
                                      "t.csv:2: previous_dicom_id '', expected p10/p10000032/s50414267/DICOM_ID or DICOM_ID"),
     "no column of MS-CXR-T": ("--ms_cxr_t t.csv", PREPARED | {"t.csv": "subject_id\n1\n"},
                               "t.csv:1: expected one column 'study_id', found subject_id"),
