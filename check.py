@@ -3,8 +3,8 @@
     python data.py check studies.jsonl --images files
     python data.py check studies.jsonl --images files --student Qwen/Qwen2.5-VL-7B-Instruct --num_workers 16 --out good.jsonl
 
-Prints each fault as 'file:line: kind: what, and what was expected', then how many records have each kind, and ends with status 1 if
-there was one. The kinds:
+Prints each fault as 'file:line: kind: what, and what was expected', then how many records have each kind, how many are good and how
+many of those can be trained on, and ends with status 1 if there was a fault. The kinds:
 
     json        the line is no JSON object in UTF-8
     field       a field is missing, empty or of the wrong type
@@ -71,7 +71,8 @@ class TextLengths:
 
 
 class Check:
-    """check(line) -> (id or None, [(kind, sentence)], {teacher: tokens}) of one line of bytes; what a worker process holds."""
+    """check(line) -> (id or None, [(kind, sentence)], {teacher: tokens}, how many teachers a record of the training split has, None where
+    it is of another) of one line of bytes; what a worker process holds."""
 
     def __init__(self, args):
         self.args, self.task, self.encoder = args, data.load_task(args.task_file), None
@@ -85,11 +86,11 @@ class Check:
         try:
             record = parse_line(line)
         except ValueError as error:
-            return None, [("json", str(error))], {}
+            return None, [("json", str(error))], {}, None
         found = [(FIELDS.get(sentence.split('"')[1], "field"), sentence) for sentence in faults(record, self.task)]
         name = record.get("id") if isinstance(record.get("id"), str) else None
         if any(kind == "field" for kind, _ in found):
-            return name, found, {}
+            return name, found, {}, None
         image = record["image"]
         good = lambda key: all(kind != FIELDS[key] for kind, _ in found)
         study = data.Study(name, tuple(image if isinstance(image, list) else [image]), record.get("labels", {}) if good("labels") else {},
@@ -102,7 +103,7 @@ class Check:
             tokens, total = dict(zip(study.trajectories, lengths)), prefix + sum(lengths)
             if total > self.args.max_tokens:
                 found.append(("length", f"{total} tokens, expected at most --max_tokens {self.args.max_tokens}"))
-        return name, found, tokens
+        return name, found, tokens, len(study.trajectories) if record.get("split") in (None, "train") else None
 
     def images(self, study):
         found = []
@@ -156,11 +157,11 @@ def _work(line):
 
 def check(args):
     """Checks the file of `args.studies` and writes what `args.out` asks for. Returns the figures that --json prints."""
-    seen, kinds, lengths, records, bad = {}, Counter(), {}, 0, 0
+    seen, kinds, lengths, records, bad, training, taught = {}, Counter(), {}, 0, 0, 0, 0
     with contextlib.ExitStack() as stack:
         if args.out:
             good, rejected = (stack.enter_context(writing(path)) for path in (args.out, Path(args.out).with_name("rejected.jsonl")))
-        for number, line, (name, found, lengths_here) in results(args.studies, args):
+        for number, line, (name, found, lengths_here, teachers) in results(args.studies, args):
             records += 1
             if name is not None:
                 digest = int.from_bytes(hashlib.blake2b(name.encode("utf-8"), digest_size=8).digest(), "little")
@@ -173,6 +174,8 @@ def check(args):
                 lengths.setdefault(teacher, Counter())[n] += 1
             against = [f"{kind}: {sentence}" for kind, sentence in found if kind not in args.allow]
             bad += bool(against)
+            training += teachers is not None and not against
+            taught += bool(teachers) and not against
             if args.out and not against:
                 good.write(line.rstrip(b"\r\n") + b"\n")
             elif args.out:
@@ -180,8 +183,8 @@ def check(args):
                 rejected.write(line_of({"line": number, "faults": against, **as_read}))
         if not records:
             raise ValueError(f"{args.studies}: no record, expected one JSON object a line")
-    return {"records": records, "good": records - bad, "kinds": {kind: kinds[kind] for kind in KINDS if kinds[kind]},
-            "tokens": {teacher: spread(count) for teacher, count in lengths.items()}}
+    return {"records": records, "good": records - bad, "training": training, "with trajectories": taught,
+            "kinds": {kind: kinds[kind] for kind in KINDS if kinds[kind]}, "tokens": {teacher: spread(count) for teacher, count in lengths.items()}}
 
 
 def spread(count):
@@ -231,6 +234,9 @@ def main():
     for teacher, row in found["tokens"].items():
         print(f"{teacher:24}{row['n']:>9,} texts, tokens: mean {row['mean']:.0f}, 95% {row['95%']}, longest {row['longest']}")
     print(f"{args.studies}: {found['good']:,} of {found['records']:,} records are good")
+    print(f"{found['with trajectories']:,} of the {found['training']:,} good ones of the training split have trajectories")
+    if found["training"] and not found["with trajectories"]:
+        print("warning: there is nothing to train on before tools/collect.py or tools/convert.py studies --into has put trajectories in")
     if args.json:
         print(json.dumps(found))
     raise SystemExit(int(found["good"] < found["records"]))

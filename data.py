@@ -278,6 +278,12 @@ def image_path(path, root):
     return file
 
 
+def doubled(path, root):
+    """A hint for a missing image where the image folder's name stands in both, ' (--images ends in files/ and the path begins with it)', else ''."""
+    name = Path(root).resolve().name
+    return f" (--images ends in {name}/ and the path begins with it)" if str(path).startswith(f"{name}/") else ""
+
+
 @contextlib.contextmanager
 def open_image(path, root):
     """A PIL image whose header was read and checked; whatever goes wrong inside becomes a ValueError that names the file."""
@@ -292,7 +298,7 @@ def open_image(path, root):
                 raise ValueError(f"{image.width} x {image.height} pixels, expected an aspect ratio of at most 200")
             yield image
     except FileNotFoundError:
-        raise ValueError(f"{file}: no such image") from None
+        raise ValueError(f"{file}: no such image{doubled(path, root)}") from None
     except Exception as error:  # decoders of broken files raise nearly anything
         raise ValueError(f"{file}: not a readable image: {error}") from None
 

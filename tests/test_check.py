@@ -187,12 +187,30 @@ def test_the_command_prints_counts_and_its_status_says_whether_all_is_well(films
     (tmp_path / "studies.jsonl").write_text("\n".join(json.dumps(record(f"s{i}", image)) for i, image in enumerate(["good.png", "gone.png"])))
     done = main(tmp_path / "studies.jsonl", "--images", films, "--json")
     assert done.returncode == 1 and "1 records: image missing" in done.stdout and "1 of 2 records are good" in done.stdout
-    assert json.loads(done.stdout.splitlines()[-1]) == {"records": 2, "good": 1, "kinds": {"image missing": 1}, "tokens": {}}
+    assert json.loads(done.stdout.splitlines()[-1]) == {"records": 2, "good": 1, "training": 1, "with trajectories": 1,
+                                                            "kinds": {"image missing": 1}, "tokens": {}}
     assert main(tmp_path / "studies.jsonl", "--skip_images").returncode == 0
     (tmp_path / "nothing.jsonl").write_text("\n")
     for path, what in ((tmp_path / "nothing.jsonl", "no record"), (tmp_path / "gone.jsonl", "No such file")):
         done = main(path)
         assert done.returncode == 1 and what in done.stderr and "Traceback" not in done.stderr
+
+
+def test_it_says_how_many_records_can_be_trained_on_and_warns_of_none(films, tmp_path):
+    def said(*lines):
+        (tmp_path / "studies.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+        done = main(tmp_path / "studies.jsonl", "--images", films, "--json")
+        return done.returncode, done.stdout, json.loads(done.stdout.splitlines()[-1])
+
+    asked = [record("a", split="train"), record("b"), record("c", trajectories={}), record("d", split="test"), record("e", "gone.png")]
+    status, out, found = said(*asked)
+    assert status == 1 and (found["training"], found["with trajectories"]) == (3, 2) and "warning" not in out
+    assert "2 of the 3 good ones of the training split have trajectories" in out
+    not_asked = [record("a", trajectories={}, split="train"), record("b", trajectories={})]
+    status, out, found = said(*not_asked, record("c", split="validate"))
+    assert status == 0 and found["kinds"] == {} and found["good"] == 3 and "0 of the 2 good ones" in out
+    assert "warning: there is nothing to train on before tools/collect.py or tools/convert.py studies --into" in out
+    assert "warning" not in said(record("c", split="validate"))[1]
 
 
 def test_memory_does_not_grow_with_the_records(tmp_path, world):

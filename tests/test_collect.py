@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import re
 import signal
 import socket
 import sys
@@ -14,9 +15,11 @@ from collections import Counter
 import chat_server
 import pytest
 from chat_server import completion, serve
+from conftest import ROOT
 from PIL import Image
 
 import data
+import teachers
 from tools import collect
 
 KEY = "sk-Very/Secret+Key.0123456789"
@@ -445,6 +448,35 @@ def test_a_dry_run_prints_a_request_and_what_it_would_cost_and_asks_nobody(films
     assert sums["b"]["tokens_out"] is None is sums["b"]["usd"]
 
 
+def documented():
+    """The endpoints.json that stands in docs/data.md."""
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8").split("## Ask the teachers", 1)[1].split("\n## ", 1)[0]
+    return json.loads(text[text.index('    {"gpt-5"'):].split("\n\n", 1)[0])
+
+
+def test_a_dry_run_needs_no_permission_and_says_which_hosts_would_get_images(films, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(socket.socket, "connect", lambda self, address: 1 / 0)
+    monkeypatch.setenv("OPENAI_API_KEY", KEY)
+    monkeypatch.setattr(collect.endpoints, "is_loopback", lambda host: host == "localhost")  # nor is a name server asked
+    (tmp_path / "endpoints.json").write_text(json.dumps(documented()))
+    flags = list(map(str, [*flags_of(tmp_path, films), "--split", "train", "--limit", 5]))
+    assert collect.run(collect.parse([*flags, "--dry_run"])) == 0
+    out = capsys.readouterr().out
+    assert "images would go to api.openai.com (not this machine: needs --i_have_permission), localhost (this machine)\n" in out
+    with pytest.raises(ValueError, match="api.openai.com is not this machine"):
+        collect.run(collect.parse(flags))
+    for study in (records := read(films / "studies.jsonl")):
+        study["trajectories"] = dict.fromkeys(documented(), "said before")
+    (tmp_path / "asked.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert collect.run(collect.parse([str(tmp_path / "asked.jsonl"), *flags[1:], "--dry_run"])) == 0
+    assert "images would go to nobody\n" in capsys.readouterr().out
+
+
+def test_the_seven_teachers_of_table_2_stand_in_the_documentation_under_names_that_the_tables_know():
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    assert re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE) == list(teachers.OF_THE_PAPER) and len(teachers.OF_THE_PAPER) == 7
+
+
 def test_images_stay_on_this_machine_without_permission(films, tmp_path, monkeypatch):
     monkeypatch.setenv("A_TEST_KEY", KEY)
     asked = []
@@ -464,6 +496,9 @@ def test_missing_images_are_named_before_anything_is_asked_and_broken_ones_do_no
     with serve(good) as chat:
         path.write_text("".join(json.dumps(line) + "\n" for line in [*lines, {"id": "x", "image": "nowhere.png"}]))
         with pytest.raises(ValueError, match="1 images are missing, the first is nowhere.png"):
+            start({"a": (chat, {})}, studies=path)
+        path.write_text(json.dumps({"id": "x", "image": f"{films.name}/5.png"}) + "\n")
+        with pytest.raises(ValueError, match=rf"5.png \(--images ends in {films.name}/ and the path begins with it\)"):
             start({"a": (chat, {})}, studies=path)
         assert not chat.asked
         path.write_text("".join(json.dumps(line) + "\n" for line in lines))

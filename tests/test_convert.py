@@ -84,6 +84,46 @@ def test_a_csv_is_read_by_its_column_names(tmp_path):
     assert [r["labels"] for r in records(tmp_path / "s.jsonl")] == [{"Edema": 1}, {}]
 
 
+PREPARED = [{"id": "s50414267", "image": "files/p10/x.jpg", "labels": {"Edema": -1}, "split": "train", "subject": "10000032",
+             "trajectories": {"gpt-5": "asked before"}},
+            {"id": "s50414269", "image": "files/p10/y.jpg", "labels": {}, "split": "train"},
+            {"id": "s50414270", "image": "files/p10/z.jpg", "labels": {}, "split": "test"}]
+
+
+@pytest.mark.parametrize("labels", [{"edema": "positive"}, {"edema": "perhaps"}])  # no class of ours, which is then of no concern
+def test_trajectories_go_into_prepared_records_and_nothing_else_does(tmp_path, capsys, labels):
+    """s50414268, a patient of MS-CXR-T say, was left out by prepare_mimic and stays out."""
+    rows = [{**WIDE[0], "labels": labels}, WIDE[1]]
+    path, mapping = write(tmp_path / "cxr_max.json", rows), ROOT / "tools" / "cxr_max_mapping.json"
+    into = write(tmp_path / "studies.jsonl", "".join(json.dumps(r) + "\n" for r in PREPARED))
+    before = into.read_bytes()
+    out = run("studies", path, "--mapping", mapping, "--into", into, "--out", tmp_path / "with_teachers.jsonl")
+    expected = {**PREPARED[0], "trajectories": {"gpt-5": "asked before", "grok-4": "No edema."}}
+    assert records(tmp_path / "with_teachers.jsonl") == [expected, *PREPARED[1:]] and into.read_bytes() == before
+    assert out == {"studies": 3, "trajectories": {"gpt-5": 1, "grok-4": 1}, "without a record": 1, "without a row": 2, "of the training split": 1}
+    said = capsys.readouterr().out
+    assert f"1 studies of {path} have no record in {into} and are left out; 2 records got nothing, 1 of them of the training split" in said
+    assert "warning" not in said and convert.parse(["studies", "x", "--mapping", "m", "--into", "s"]).out == "with_teachers.jsonl"
+
+
+def test_without_prepared_records_it_warns_of_the_test_sets_patients(tmp_path, capsys, world):
+    rows, mapping = write(tmp_path / "x.json", WIDE), ROOT / "tools" / "cxr_max_mapping.json"
+    run("studies", rows, "--mapping", mapping, "--out", tmp_path / "s.jsonl")
+    assert "warning: " in capsys.readouterr().out
+    run("studies", write(tmp_path / "y.json", [answer("s50414267", "a", "x")]), "--mapping", write(tmp_path / "m.json", LONG),
+        "--task_file", world / "task.json", "--out", tmp_path / "s.jsonl")  # another domain has no MS-CXR-T
+    assert "warning" not in capsys.readouterr().out
+
+
+def test_into_needs_no_image_and_an_id_that_both_files_have_goes_by_itself(tmp_path):
+    rows = [{"id": "50414267", "by": "a", "says": "x"}, {"id": "s50414267", "by": "b", "says": "y"}, {"id": "50414269", "by": "a", "says": "z"}]
+    mapping = {"id": "id", "trajectories": {"teacher": "by", "text": "says"}}
+    into = write(tmp_path / "studies.jsonl", "".join(json.dumps(r) + "\n" for r in PREPARED))
+    out = run("studies", write(tmp_path / "x.json", rows), "--mapping", write(tmp_path / "m.json", mapping), "--into", into, "--out", into)
+    assert [r.get("trajectories") for r in records(into)] == [{"b": "y", "gpt-5": "asked before"}, {"a": "z"}, None]
+    assert out["without a record"] == 1
+
+
 @pytest.mark.parametrize("rows, message", [
     ([answer("s50414267", "a", "x"), answer("s50414267", "a", "y")], r"x.json\[1\]: a second text of a for study 's50414267'"),
     ([answer("s50414267", "a", "x"), answer("s50414267", "b", "y", labels={"Edema": 1})], r"x.json\[1\]: labels of study 's50414267' differ"),

@@ -606,13 +606,19 @@ LONG = mapping(trajectories={"teacher": "by", "text": "says"})
 answer = lambda **changes: {"id": "a", "image": "film.png", "labels": {}, "by": "u", "says": "x", **changes}
 add("tools/convert.py studies", "tools/convert.py studies rows.jsonl --mapping map.json --task_file task.json --out out.jsonl", {
     "mapping, no JSON": ({"map.json": "{"}, "map.json: not a JSON file: ..."),
-    "mapping, no image": (mapping(image=None), 'map.json: expected an object with "id", "image" and "trajectories"'),
+    "mapping, no image": (mapping(image=None), "map.json: expected an object with id, image, trajectories"),
     "mapping, an unknown key": (mapping(typo="x"), "map.json: expected only id, image, split, report, labels, classes and trajectories"),
     "mapping, a field that is none": (mapping(id=3), 'map.json: expected "id": the path of a field, or {"field", "match"}'),
     "mapping, labels": (mapping(labels=3), 'map.json: expected "labels": a field, or {finding: field}'),
     "mapping, classes": (mapping(classes=[]), 'map.json: expected "classes": {word in the file: class of the task}'),
     "mapping, trajectories": (mapping(trajectories={}), 'map.json: expected "trajectories": {teacher: field}, or {"teacher": field, "text": field}'),
     "mapping, no regular expression": (mapping(id={"field": "id", "match": "("}), "map.json: '(': no regular expression: missing )..."),
+    "mapping, no id, into": ("--into studies.jsonl", mapping(id=None, image=None), "map.json: expected an object with id, trajectories"),
+    "into, no study that is there": ("--into studies.jsonl", mapping() | {"rows.jsonl": [{**ROWS[0], "id": "7"}]},
+                                     "rows.jsonl: none of its 1 studies is in studies.jsonl, expected ids such as a, found 7"),
+    "into, a broken line": ("--into studies.jsonl", mapping() | studies("{"), "studies.jsonl:2: not a JSON object in UTF-8: ..."),
+    "into, an empty text": ("--into studies.jsonl", mapping() | {"rows.jsonl": [{**ROWS[0], "u": " "}]},
+                            "rows.jsonl:1: \"trajectories\": 'u' is empty or no text, expected words"),
     "a broken line": (mapping() | {"rows.jsonl": [*ROWS, "{"]}, "rows.jsonl:2: not a JSON object in UTF-8: ..."),
     "no row": (mapping() | {"rows.jsonl": ""}, "rows.jsonl: no row, expected at least one"),
     "a fault": (mapping() | {"rows.jsonl": [{**ROWS[0], "labels": {"Edema": 3}}]},
@@ -645,6 +651,7 @@ add("tools/convert.py trl", READERS["tools/convert.py trl"], {
 })
 MIMIC_FLAGS = "tools/prepare_mimic.py --root in --out out.jsonl"
 PREPARED = bench(prepared)
+PAIRS = "subject_id,study_id,dicom_id,previous_study_id,previous_dicom_id"
 SPLIT_CSV = "in/mimic-cxr-2.0.0-split.csv.gz"
 add("tools/prepare_mimic.py", f"{MIMIC_FLAGS} --keep_ms_cxr_t", {
     "no tables": ({"in/x": ""}, "in: no mimic-cxr-2.0.0-metadata.csv*"),
@@ -654,8 +661,14 @@ add("tools/prepare_mimic.py", f"{MIMIC_FLAGS} --keep_ms_cxr_t", {
     "a patient in two splits": ({**PREPARED, SPLIT_CSV: edit("50000001,10000032,train", "50000001,10000032,test")},
                                 f"{SPLIT_CSV}:...: subject 10000032 is in t... and in t..., expected one split for each patient"),
     "too large a sample": ("--sample 99", PREPARED, "--sample 99: expected at most the 3 training studies that are left"),
-    "films that are not there": (PREPARED | {"in/files": shutil.rmtree}, "5 of 5 films are missing, the first in/files/p10/...jpg; "
-                                                                         "fetch them, or leave their studies out with --skip_missing"),
+    "films that are not there": (PREPARED | {"in/files": shutil.rmtree}, "5 of the 5 films that out.images.txt names are missing in in, the first "
+                                                                         "files/p10/...jpg; fetch that list, or leave ... with --skip_missing"),
+    "a film of MS-CXR-T that leads out": ("--ms_cxr_t t.csv", PREPARED | {"t.csv": f"{PAIRS}\n10000032,2,../../x,3,y\n"},
+                                          "t.csv:2: dicom_id '../../x', expected p10/p10000032/s50414267/DICOM_ID or DICOM_ID"),
+    "no previous film in MS-CXR-T": ("--ms_cxr_t t.csv", PREPARED | {"t.csv": f"{PAIRS}\n10000032,2,x,3,\n"},
+                                     "t.csv:2: previous_dicom_id '', expected p10/p10000032/s50414267/DICOM_ID or DICOM_ID"),
+    "no column of MS-CXR-T": ("--ms_cxr_t t.csv", PREPARED | {"t.csv": "subject_id\n1\n"},
+                              "t.csv:1: expected one column 'study_id', found subject_id"),
     "no film at all": ("--skip_missing", PREPARED | {"in/files": shutil.rmtree},
                        "in: no study is left, expected films of train, validate, test below files/"),
     "no report": ("--reports empty", {**PREPARED, "empty/x": ""}, "--reports empty: holds none of the 5 reports, expected "
@@ -807,6 +820,8 @@ BAD_IMAGES = {
     "a link that leads out": (film_at("link.png", ("link.png", "/etc/hostname")), "link.png: lies outside the image folder {here}", "outside"),
     "a name that begins alike": (film_at("../films_secret/film.png") | {"films/x": "", "films_secret/film.png": films},
                                  "../films_secret/film.png: lies outside the image folder {here}/films", "outside"),
+    "the folder's name twice": (film_at("films/gone.png") | {"films/x": ""},
+                                "{here}/films/films/gone.png: no such image (--images ends in films/ and the path begins with it)", "missing"),
     "a folder": (film_at("films") | {"films/y": ""}, "{here}/films: not a readable image: no regular file", "unreadable"),
     "a NUL": ({"studies.jsonl": [record("a", image="a\0b.png")]}, '"image": expected a path or a list of two paths, without control characters',
               "field"),
@@ -837,6 +852,8 @@ def test_bad_input_ends_with_its_message_and_touches_nothing(run, name):
     assert is_said(case, done), f"{done.stderr}instead of {case.says}"
     assert "Traceback" not in done.stderr
     changed = {path for path in done.before.keys() | done.after if done.before.get(path) != done.after.get(path)}
+    if "prepare_mimic" in case.command:
+        changed.discard("out.images.txt")  # the films to fetch, listed before they are looked for
     assert changed <= CLAIM or "truncated" in name and not changed & done.before.keys()  # what shows when a film is decoded comes amid the work
 
 
@@ -878,6 +895,8 @@ CHECKED |= {
     "two teachers with one text": Case(CHECK, "studies.jsonl:2: same text: 'u' and 'w' say the same, expected a text of each teacher's own",
                                        studies(record("b", trajectories={"u": "x", "w": "X "}))),
     "a refusal": Case(CHECK, "studies.jsonl:2: refusal: 'u' declines: 'I cannot say'", studies(record("b", trajectories={"u": "I cannot say"}))),
+    "nobody asked yet": Case(CHECK, "warning: there is nothing to train on before tools/collect.py or tools/convert.py studies --into has put "
+                                    "trajectories in", {"studies.jsonl": [record("a", trajectories=None), "{"]}),
     "a prompt with the diagnosis": Case(f"{CHECK} --prompt teacher",
     "studies.jsonl:1: leak: the student is asked 'why Effusion?', expected no diagnosis"),
     "a prompt with a finding": Case(CHECK, "studies.jsonl:1: leak: the student's prompt says Effusion, as this study's labels do, "
@@ -1021,6 +1040,7 @@ ELSEWHERE = {
     ("tools/report.py", "no such file below"): "test_report.py::test_a_film_that_cannot_be_shown_is_named",
     ("tools/report.py", "no readable image"): "test_report.py::test_a_film_that_cannot_be_shown_is_named",
     ("tools/report.py", "expected at most 64,000,000"): "test_report.py::test_a_film_that_cannot_be_shown_is_named",
+    ("tools/convert.py", "patients of MS-CXR-T too"): "test_convert.py::test_without_prepared_records_it_warns_of_the_test_sets_patients",
     ("training.py", "gradient norm"): "test_training.py::test_a_gradient_that_is_not_finite_moves_nothing",
 }
 

@@ -11,9 +11,9 @@ import pytest
 from conftest import ROOT
 from PIL import Image
 
+import benchmarks
 import data
 
-pytest.importorskip("benchmarks", reason="the readers of MIMIC's tables are not there")
 sys.path.insert(0, str(ROOT / "tools"))
 prepare_mimic = importlib.import_module("prepare_mimic")
 
@@ -27,6 +27,11 @@ STUDIES = [
     (12000012, 50000005, "validate", [("v-pa", "PA")], {"Lung Opacity": "1.0"}),
     (13000013, 50000006, "test", [("t-pa", "PA")], {"Lung Opacity": "1.0", "Edema": "1.0"}),
 ]
+
+
+# of the MS-CXR-T below, current and previous; one is of a training study that is left out for them
+FILMS_OF_PAIRS = {f"files/{path}.jpg" for path in ("p11/p11000011/s50000004/m-ap", "p11/p11000011/s50000009/before", "p11/p11000011/s50000010/later",
+                                                   "p19/p19999999/s999/x", "p19/p19999999/s998/w")}
 
 
 def table(path, columns, lines):
@@ -71,8 +76,17 @@ def mimic(tmp_path):
     (reports / "s50000001.txt").write_text(REPORT)
     (reports / "s50000002.txt").write_text(REPORT[:REPORT.index(" FINDINGS")] + " IMPRESSION: \n \n Tube in place.\n")
     with open(tmp_path / "ms_cxr_t.csv", "w") as file:
-        file.write("study_id,subject_id,dicom_id\n50000004,11000011,p11/p11000011/s50000004/m-ap\n999,19999999,x\n")
+        file.write("study_id,subject_id,dicom_id,previous_study_id,previous_dicom_id\n"
+                   "50000004,11000011,p11/p11000011/s50000004/m-ap,50000009.0,p11/p11000011/s50000009/before\n"
+                   "50000010,11000011,later,50000004,p11/p11000011/s50000004/m-ap\n999,19999999,x,998,w\n")
+    for film in FILMS_OF_PAIRS:
+        (root / film).parent.mkdir(parents=True, exist_ok=True)
+        (root / film).touch()
     return root
+
+
+def listed(mimic):
+    return (mimic.parent / "studies.images.txt").read_text().splitlines()
 
 
 def prepare(mimic, *flags):
@@ -120,13 +134,13 @@ def test_the_sample_is_drawn_by_seed_alone_listed_and_nested(mimic, monkeypatch)
     monkeypatch.setattr(prepare_mimic.Path, "is_file", lambda path: True)
     studies = many(60)
     tables(mimic, studies)
-    (mimic.parent / "ms_cxr_t.csv").write_text("subject_id\n10000000\n")
+    (mimic.parent / "ms_cxr_t.csv").write_text("subject_id,study_id,dicom_id,previous_study_id,previous_dicom_id\n10000000,51000001,d1,51000000,d0\n")
     flags = ["--ms_cxr_t", mimic.parent / "ms_cxr_t.csv"]
     drawn = lambda n, seed: [r["id"] for r in prepare(mimic, *flags, "--sample", n, "--seed", seed)[0].values() if r["split"] == "train"]
     twenty = drawn(20, 0)
-    listed = (mimic.parent / "studies.images.txt").read_text().splitlines()
     records, counts = prepare(mimic, *flags, "--sample", 20)
-    assert listed == [records[id]["image"] for id in twenty] and len(listed) == 20
+    pair = [f"files/p10/p10000000/s5100000{i}/d{i}.jpg" for i in (0, 1)]
+    assert listed(mimic) == sorted([r["image"] for r in records.values()] + pair) and len(listed(mimic)) == 20 + 2 + 2
     assert counts["train"] == 20 and counts["validate"] == counts["test"] == 1
     assert not {"s51000000", "s51000001"} & set(drawn(58, 0))
     tables(mimic, studies, shuffle=2)
@@ -135,15 +149,34 @@ def test_the_sample_is_drawn_by_seed_alone_listed_and_nested(mimic, monkeypatch)
         drawn(59, 0)
 
 
-def test_the_list_is_there_before_the_films_are(mimic):
-    """The tables are fetched first, the sample is drawn, and only its films are fetched."""
+def test_the_list_is_there_before_the_films_are_and_is_all_that_has_to_be_fetched(mimic, script):
+    """The tables are fetched first, the films are listed, and only those are fetched: those of all splits and of MS-CXR-T's pairs."""
     (mimic / "files").rename(mimic.parent / "elsewhere")
-    with pytest.raises(ValueError, match="4 of 4 films are missing"):
-        prepare(mimic, "--keep_ms_cxr_t", "--sample", 2)
-    listed = (mimic.parent / "studies.images.txt").read_text().splitlines()
-    (mimic.parent / "elsewhere").rename(mimic / "files")
-    records, _ = prepare(mimic, "--keep_ms_cxr_t", "--sample", 2)
-    assert listed == [r["image"] for r in records.values() if r["split"] == "train"] and len(listed) == 2
+    flags = ["--ms_cxr_t", mimic.parent / "ms_cxr_t.csv", "--sample", 1]
+    out = script("tools/prepare_mimic.py", "--root", mimic, "--out", mimic.parent / "studies.jsonl", *flags, "--list_only", "--json").stdout
+    counts, there = json.loads(out.splitlines()[-1]), listed(mimic)
+    assert (counts["train"], counts["validate"], counts["test"]) == (1, 1, 1) and not (mimic.parent / "studies.jsonl").exists()
+    assert counts["films listed"] == len(there) == 8 and counts["of them in pairs of MS-CXR-T"] == 5 and FILMS_OF_PAIRS < set(there)
+    (mimic.parent / "studies.images.txt").unlink()
+    with pytest.raises(ValueError, match=r"8 of the 8 films that \S+/studies.images.txt names are missing in \S+/mimic, the first files/p10/"):
+        prepare(mimic, *flags)
+    assert listed(mimic) == there
+    for film in there:
+        (mimic / film).parent.mkdir(parents=True, exist_ok=True)
+        (mimic.parent / "elsewhere" / film.removeprefix("files/")).rename(mimic / film)
+    records, counts = prepare(mimic, *flags)
+    assert {r["image"] for r in records.values()} == set(there) - FILMS_OF_PAIRS and counts["films missing, studies left out"] == 0
+    pairs = benchmarks.rows(mimic.parent / "ms_cxr_t.csv", "subject_id", "study_id", "dicom_id")  # as evaluate.py finds them
+    assert {benchmarks.mimic_image(mimic, r["dicom_id"], r["subject_id"], r["study_id"]) for _, r in pairs} < set(there)
+
+
+def test_a_missing_film_of_ms_cxr_t_stops_and_skip_missing_counts_it(mimic):
+    flags = ["--ms_cxr_t", mimic.parent / "ms_cxr_t.csv"]
+    (mimic / "files/p11/p11000011/s50000009/before.jpg").unlink()
+    with pytest.raises(ValueError, match=r"1 of the 9 films .* the first files/p11/p11000011/s50000009/before.jpg; fetch that list"):
+        prepare(mimic, *flags)
+    records, counts = prepare(mimic, *flags, "--skip_missing")
+    assert len(records) == 4 and counts["films missing in pairs of MS-CXR-T"] == 1 and counts["films missing, studies left out"] == 0
 
 
 def test_reports_come_by_section(mimic):
@@ -168,7 +201,7 @@ def test_the_radiologists_test_labels_replace_the_labellers(mimic):
 
 def test_a_missing_film_stops_before_anything_is_written_or_is_left_out_and_counted(mimic):
     (mimic / "files/p12/p12000012/s50000005/v-pa.jpg").unlink()
-    with pytest.raises(ValueError, match=r"1 of 5 films are missing, the first .*s50000005/v-pa.jpg"):
+    with pytest.raises(ValueError, match=r"1 of the 5 films .* the first files/.*s50000005/v-pa.jpg"):
         prepare(mimic, "--keep_ms_cxr_t")
     assert not (mimic.parent / "studies.jsonl").exists()
     records, counts = prepare(mimic, "--keep_ms_cxr_t", "--skip_missing")
@@ -191,6 +224,6 @@ def test_a_wrong_table_is_named_with_its_line(mimic, change, message):
 def test_the_command_prints_its_counts_and_says_what_is_not_there(script, mimic, tmp_path):
     out = script("tools/prepare_mimic.py", "--root", mimic, "--ms_cxr_t", tmp_path / "ms_cxr_t.csv", "--sample", 2, "--out", tmp_path / "s.jsonl",
                  "--json").stdout
-    assert json.loads(out.splitlines()[-1])["train"] == 2 and "1 training studies of these, left out" in out and "s.images.txt: the 2 films" in out
+    assert json.loads(out.splitlines()[-1])["train"] == 2 and "1 training studies of these, left out" in out and "s.images.txt: the 9 films" in out
     out = script("tools/prepare_mimic.py", "--root", tmp_path, "--keep_ms_cxr_t", expect=1).stdout
     assert "no mimic-cxr-2.0.0-metadata.csv*" in out and "Traceback" not in out

@@ -73,6 +73,7 @@ def test_every_flag_that_is_written_exists_and_every_flag_of_a_stage_has_a_help_
     foreign = {"--nproc_per_node", "--nnodes", "--rdzv_backend", "--rdzv_endpoint", "--shutdown-timeout", "--max-restarts",  # torchrun
                "--dist",  # pytest-xdist
                "--local-dir", "--nodes", "--ntasks-per-node", "--gpus-per-node", "--cpus-per-task", "--time", "--signal", "--requeue",  # hf, SLURM
+               "--user", "--ask-password", "--base", "--cut-dirs", "--files-from",  # wget, rsync
                "--served-model-name", "--generation-config", "--max-model-len", "--limit-mm-per-prompt"}  # vLLM
     for page, text in PAGES.items():
         written = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))

@@ -30,6 +30,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from tqdm import tqdm
 
@@ -344,18 +345,21 @@ def parse(argv=None):
     parser.add_argument("--seed", type=int, default=0, help="of the waiting times (default: %(default)s)")
     parser.add_argument("--ask_refused_again", action="store_true", help="also the pairs whose answer was empty or cut")
     parser.add_argument("--i_have_permission", action="store_true", help="send images to other machines than this one; see docs/data.md on MIMIC-CXR")
-    parser.add_argument("--dry_run", action="store_true", help="print one request, the estimated tokens and cost; ask nobody, write nothing")
+    parser.add_argument("--dry_run", action="store_true", help="print one request, the hosts, estimated tokens and cost; ask nobody, write nothing")
     parser.add_argument("--json", action="store_true", help="end with one JSON object")
     return parser.parse_args(argv)
 
 
 def dry_run(teachers, todo, task, args):
-    """Prints one request and, per teacher, {"requests", "tokens_in", "tokens_out", "usd"}, estimated from at most 64 studies. tokens_out
-    and usd are upper bounds, None if nothing bounds them."""
+    """Prints one request, the hosts that would get images and, per teacher, {"requests", "tokens_in", "tokens_out", "usd"}, estimated from at
+    most 64 studies. tokens_out and usd are upper bounds, None if nothing bounds them."""
     if first := next((teacher for teacher in teachers if todo[teacher.name]), None):
         body = json.dumps(endpoints.request(first.endpoint, question(todo[first.name][0], task, args)[0]), indent=2, ensure_ascii=False)
         print(f"{first.name}: POST {first.endpoint.url}/chat/completions")
         print(re.sub(r"(data:image/\w+;base64,.{16})[A-Za-z0-9+/=]*", lambda found: f"{found[1]}... ({len(found[0])} characters)", body))
+    hosts = dict.fromkeys(urlsplit(teacher.endpoint.url).hostname for teacher in teachers if todo[teacher.name])
+    where = [f"{host} ({'this machine' if endpoints.is_loopback(host) else 'not this machine: needs --i_have_permission'})" for host in hosts]
+    print(f"images would go to {', '.join(where) or 'nobody'}")
     sums = {}
     for teacher in teachers:
         mine = todo[teacher.name]
@@ -374,7 +378,7 @@ def run(args):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ValueError(f"--{name}: expected at least 1")
     task = data.load_task(args.task_file)
-    specs = endpoints.read_endpoints(args.endpoints, args.teachers, not args.i_have_permission, not args.dry_run)
+    specs = endpoints.read_endpoints(args.endpoints, args.teachers, not (args.i_have_permission or args.dry_run), not args.dry_run)
     teachers = [Teacher(name, *spec) for name, spec in specs.items()]
     unbounded = [teacher.name for teacher in teachers if not (teacher.price and teacher.most_out)]
     if args.budget is not None and unbounded:
@@ -383,7 +387,7 @@ def run(args):
     chosen = [study for study in studies if args.split is None or study.split in (None, args.split)][:args.limit]
     missing = [path for study in chosen for path in study.images if not data.image_path(path, args.images).is_file()]
     if missing:
-        raise ValueError(f"{args.images}: {len(missing)} images are missing, the first is {missing[0]}")
+        raise ValueError(f"{args.images}: {len(missing)} images are missing, the first is {missing[0]}{data.doubled(missing[0], args.images)}")
 
     out, path = Path(args.out), Path(f"{args.out}.answers.jsonl")
     if out.exists() and not path.exists() and out.resolve() != Path(args.studies).resolve() and not args.dry_run:

@@ -1,6 +1,6 @@
 """Records from elsewhere to studies.jsonl, and studies.jsonl to TRL's preference format.
 
-    python tools/convert.py studies cxr_max.jsonl --mapping mapping.json --out studies.jsonl
+    python tools/convert.py studies cxr_max.jsonl --mapping mapping.json --into studies.jsonl --out with_teachers.jsonl
     python tools/convert.py trl --studies studies.jsonl --positives runs/positives/positives.jsonl --images DIR --out preferences.jsonl
 
 studies: the schema of the published CXR-MAX is not known here, so a mapping file names its fields. Input: .jsonl, .json (a list of
@@ -16,6 +16,10 @@ an id are put together. An example of each, as tools/cxr_max_mapping.json and in
 A field is a path, its steps joined by dots, a number being a place in a list; {"field", "match"} takes the part of it that matches.
 "labels" names an object {finding: class} or a field for each finding; "classes" says what the file's words for the classes mean; a
 field that is absent or null is left out. Every record is checked as the stages check it; nothing is written if one is faulty.
+
+--into takes ids and trajectories only and puts them into records that are there, as prepare_mimic.py wrote them: their images, labels and
+splits stay, and so does who is left out, MS-CXR-T's patients above all; a teacher that a record has already stays too. The id of a
+record is that of the row, or that behind an 's', as MIMIC-CXR's folders have it: 50414267 goes into s50414267. "image" may then be left out.
 
 trl: one row for each teacher of a study that has a t+: prompt and chosen (t+) and rejected (t^u) as messages, images as paths, which
 datasets.load_dataset("json", ...).cast_column("images", datasets.List(datasets.Image())) opens. TRL knows pairs only: the N negatives
@@ -59,7 +63,7 @@ def objects(path):
         yield from ((f"{path}:{line}", record) for line, record in read_jsonl(path))
 
 
-def read_mapping(path):
+def read_mapping(path, needed=("id", "image", "trajectories")):
     """Raises ValueError naming the file and what was expected."""
     mapping = read_json(path)
 
@@ -69,7 +73,7 @@ def read_mapping(path):
 
     field = lambda value: isinstance(value, str) or isinstance(value, dict) and set(value) == {"field", "match"} \
         and all(isinstance(v, str) for v in value.values())
-    expect(isinstance(mapping, dict) and {"id", "image", "trajectories"} <= set(mapping), 'an object with "id", "image" and "trajectories"')
+    expect(isinstance(mapping, dict) and set(needed) <= set(mapping), f"an object with {', '.join(needed)}")
     expect(set(mapping) <= {*FIELDS, "labels", "classes", "trajectories"}, f"only {', '.join(FIELDS)}, labels, classes and trajectories")
     for key in FIELDS:
         expect(key not in mapping or field(mapping[key]), f'"{key}": the path of a field, or {{"field", "match"}}')
@@ -125,20 +129,22 @@ def convert(item, mapping):
     return record
 
 
-def studies(args):
-    """Writes args.out; returns {"studies", "trajectories": {teacher: n}}. Raises ValueError listing every fault with its place."""
-    mapping, task = read_mapping(args.mapping), data.load_task(args.task_file)
+def read_rows(args, mapping, task):
+    """-> {id: record}. With --into only ids and trajectories count. Raises ValueError listing every fault with its place."""
     long, records, wrong = set(mapping["trajectories"]) == {"teacher", "text"}, {}, []
+    same = () if args.into else (*FIELDS, "labels")
     for place, item in tqdm(objects(args.file), desc="rows", disable=None):
         record = convert(item, mapping) if isinstance(item, dict) else {}
         found = [f'"trajectories": the teacher is {name!r}, expected a name' for name in record.get("trajectories", {})
                  if not isinstance(name, str) or not name] or faults(record, task)
+        if args.into:
+            found = [fault for fault in found if fault.startswith(('"id"', '"trajectories"'))]
         known = None if found else records.get(record["id"])
         if known and not long:
             found = [f'"id": {record["id"]!r} stands there twice, expected one row a study']
         elif known and set(known["trajectories"]) & set(record["trajectories"]):
             found = [f"a second text of {', '.join(record['trajectories'])} for study {record['id']!r}, expected one"]
-        elif known and (other := [key for key in (*FIELDS, "labels") if known.get(key) != record.get(key)]):
+        elif known and (other := [key for key in same if known.get(key) != record.get(key)]):
             found = [f"{', '.join(other)} of study {record['id']!r} differ from an earlier row, expected the same"]
         elif known:
             known["trajectories"] |= record["trajectories"]
@@ -150,12 +156,42 @@ def studies(args):
         raise ValueError("\n".join(wrong[:20]) + more)
     if not records:
         raise ValueError(f"{args.file}: no row, expected at least one")
+    return records
+
+
+def put_into(args, rows, task):
+    """The records of --into with the trajectories of the rows -> (records, {"without a record", "without a row", "of the training split"})."""
+    prepared = {study.id: study.record for study in data.read_studies(args.into, task)}
+    into = {id: id if id in prepared or f"s{id}" in rows else f"s{id}" for id in rows}
+    texts = {into[id]: row["trajectories"] for id, row in rows.items() if into[id] in prepared}
+    if not texts:
+        raise ValueError(f"{args.file}: none of its {len(rows)} studies is in {args.into}, expected ids such as {next(iter(prepared))}, "
+                         f"found {next(iter(rows))}")
+    records = [{**record, "trajectories": {**texts[id], **record.get("trajectories", {})}} if id in texts else record
+               for id, record in prepared.items()]
+    left = [record for id, record in prepared.items() if id not in texts]
+    return records, {"without a record": sum(id not in prepared for id in into.values()), "without a row": len(left),
+                     "of the training split": sum(record.get("split") in (None, "train") for record in left)}
+
+
+def studies(args):
+    """Writes args.out; returns {"studies", "trajectories": {teacher: n}} and, with --into, the counts of `put_into`."""
+    mapping = read_mapping(args.mapping, ("id", "trajectories") if args.into else ("id", "image", "trajectories"))
+    task = data.load_task(args.task_file)
+    rows = read_rows(args, mapping, task)
+    records, counts = put_into(args, rows, task) if args.into else (list(rows.values()), {})
     with writing(args.out) as file:
-        file.writelines(map(line_of, records.values()))
-    teachers = data.teacher_names([data.Study(r["id"], (), {}, r["trajectories"]) for r in records.values()])
-    counts = {teacher: sum(teacher in r["trajectories"] for r in records.values()) for teacher in teachers}
-    print(f"{args.out}: {len(records)} studies; {', '.join(f'{teacher} {n}' for teacher, n in counts.items())}")
-    return {"studies": len(records), "trajectories": counts}
+        file.writelines(map(line_of, records))
+    teachers = data.teacher_names([data.Study(r["id"], (), {}, r.get("trajectories", {})) for r in records])
+    texts = {teacher: sum(teacher in r.get("trajectories", {}) for r in records) for teacher in teachers}
+    print(f"{args.out}: {len(records)} studies; {', '.join(f'{teacher} {n}' for teacher, n in texts.items())}")
+    if args.into:
+        print(f"{counts['without a record']} studies of {args.file} have no record in {args.into} and are left out; "
+              f"{counts['without a row']} records got nothing, {counts['of the training split']} of them of the training split")
+    elif not args.task_file:
+        print(f"warning: {args.out} holds whatever {args.file} does, patients of MS-CXR-T too, which is then no test set any more; "
+              "--into puts the trajectories into the records of prepare_mimic.py, which leaves those patients out")
+    return {"studies": len(records), "trajectories": texts, **counts}
 
 
 def preferences(study, task, images, prompt):
@@ -196,7 +232,8 @@ def parse(argv=None):
     p.set_defaults(run=studies)
     p.add_argument("file", help=".jsonl, .json or .csv")
     p.add_argument("--mapping", required=True, help="mapping.json, which names the file's fields")
-    p.add_argument("--out", default="studies.jsonl", help="default: %(default)s")
+    p.add_argument("--into", metavar="STUDIES.jsonl", help="records of prepare_mimic.py that get the trajectories (default: the file's own records)")
+    p.add_argument("--out", help="default: studies.jsonl, with --into with_teachers.jsonl")
     q = commands.add_parser("trl", help="studies.jsonl and positives.jsonl to TRL's preference pairs")
     q.set_defaults(run=trl)
     q.add_argument("--studies", required=True, help="studies.jsonl")
@@ -210,7 +247,10 @@ def parse(argv=None):
     for command in (p, q):
         command.add_argument("--task_file", help="task.json; without it MIMIC-CXR's 14 findings")
         command.add_argument("--json", action="store_true", help="end with one line of JSON")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.command == "studies":
+        args.out = args.out or ("with_teachers.jsonl" if args.into else "studies.jsonl")
+    return args
 
 
 def main():

@@ -1,11 +1,13 @@
 """studies.jsonl from MIMIC-CXR-JPG (2.0.0 or 2.1.0, https://physionet.org/content/mimic-cxr-jpg/): labels, split, one film a study.
 
+    python tools/prepare_mimic.py --root mimic-cxr-jpg --ms_cxr_t MS_CXR_T_temporal_image_classification_v1.0.0.csv --sample 24426 --list_only
     python tools/prepare_mimic.py --root mimic-cxr-jpg --ms_cxr_t MS_CXR_T_temporal_image_classification_v1.0.0.csv --sample 24426
     python tools/prepare_mimic.py --root mimic-cxr-jpg --keep_ms_cxr_t --reports mimic-cxr-reports
 
 reads   ROOT/files, mimic-cxr-2.0.0-{chexpert or negbio, split, metadata}.csv.gz, and the reports if they are named
 writes  --out: {"id": "s50414267", "image": "files/p10/...jpg", "labels", "split", "subject", "report"}, by subject and study;
-        with --sample also OUT.images.txt beside it, the chosen training films, one path a line (for wget -i or rsync --files-from)
+        OUT.images.txt beside it (studies.images.txt), before any film is looked for: every film that is needed, those of the records
+        and, with --ms_cxr_t, those of its pairs; one path a line, relative to --root (for wget -i or rsync --files-from)
 
 The film of a study is the first PA one, without any the first AP one, by dicom_id; ViewPosition of the metadata says which they are.
 Studies without either are left out and counted. A label is 1, 0 or -1 (uncertain); findings that are not mentioned have none.
@@ -55,6 +57,25 @@ def films(root):
     return {key: (split, min(found)[1] if found else None) for key, (split, found) in sorted(studies.items())}
 
 
+def tested_films(table):
+    """MS-CXR-T's csv -> ({subject}, {film of one of its pairs, current or previous, as a path below --root})."""
+    subjects, paths = set(), set()
+    for line, row in rows(table, "subject_id", "study_id", "dicom_id", "previous_study_id", "previous_dicom_id"):
+        where, subject = f"{table}:{line}", number(row["subject_id"], f"{table}:{line}: subject_id")
+        for which in ("", "previous_"):
+            path = below_files(row[f"{which}dicom_id"], subject, number(row[f"{which}study_id"], f"{where}: {which}study_id"))
+            if not re.fullmatch(r"files/p[0-9]{2}/p[0-9]+/s[0-9]+/[\w-][\w.-]*\.jpg", path):  # it becomes a line of OUT.images.txt
+                raise ValueError(f"{where}: {which}dicom_id {row[f'{which}dicom_id']!r}, expected p10/p10000032/s50414267/DICOM_ID or DICOM_ID")
+            paths.add(path)
+        subjects.add(subject)
+    return subjects, paths
+
+
+def below_files(dicom, subject, study):
+    """The path of a film relative to --root, also where only the tables have been fetched yet."""
+    return f"files/{mimic_image('.', dicom, subject, study).removeprefix('files/')}"
+
+
 def labels(root, labeller, test_labels=None):
     """-> {study: {finding: 1, 0 or -1}}; the radiologists' labels of release 2.1.0 replace the labeller's where they are given."""
     all_labels = chexpert_labels(find(root, f"mimic-cxr-2.0.0-{labeller}.csv*"), data.CHEST.findings)
@@ -83,17 +104,16 @@ def prepare(args):
     counts["without a frontal film"] = sum(dicom is None for _, dicom in studies.values())
     studies = {key: value for key, value in studies.items() if value[1] is not None}
 
+    of_pairs = set()
     if args.ms_cxr_t:
-        tested = {number(row["subject_id"], f"{args.ms_cxr_t}:{line}: subject_id") for line, row in rows(args.ms_cxr_t, "subject_id")}
-        overlap = [key for key, (split, _) in studies.items() if split == "train" and key[0] in tested]
+        tested, of_pairs = tested_films(args.ms_cxr_t)
+        overlap = {key for key, (split, _) in studies.items() if split == "train" and key[0] in tested}
         counts["patients of MS-CXR-T"] = len(tested)
         counts["of them in the training split"] = len({subject for subject, _ in overlap})
         counts[f"training studies of these, {'kept' if args.keep_ms_cxr_t else 'left out'}"] = len(overlap)
         if not args.keep_ms_cxr_t:
-            studies = {key: value for key, value in studies.items() if key not in set(overlap)}
+            studies = {key: value for key, value in studies.items() if key not in overlap}
 
-    # below files/, also where only the tables have been fetched yet
-    image_of = {key: f"files/{mimic_image(root, dicom, *key).removeprefix('files/')}" for key, (_, dicom) in studies.items()}
     if args.sample:
         training = [key for key, (split, _) in studies.items() if split == "train"]
         if args.sample > len(training):
@@ -101,17 +121,24 @@ def prepare(args):
         training.sort(key=lambda key: hashlib.sha256(f"{args.seed} {key[1]}".encode()).digest())
         left_out = set(training[args.sample:])
         studies = {key: value for key, value in studies.items() if key not in left_out}
-        listed = Path(args.out).with_suffix(".images.txt")
-        with writing(listed) as file:
-            file.writelines(f"{image_of[key]}\n".encode() for key in studies if studies[key][0] == "train")
-        print(f"{listed}: the {args.sample} films of the sample")
 
-    missing = [key for key in tqdm(studies, desc="films", disable=None) if not (root / image_of[key]).is_file()]
+    image_of = {key: below_files(dicom, *key) for key, (_, dicom) in studies.items()}
+    needed, listed = sorted({*image_of.values(), *of_pairs}), Path(args.out).with_suffix(".images.txt")
+    with writing(listed) as file:
+        file.writelines(f"{path}\n".encode() for path in needed)
+    counts["films listed"], counts["of them in pairs of MS-CXR-T"] = len(needed), len(of_pairs)
+    print(f"{listed}: the {len(needed)} films that are needed")
+    if args.list_only:
+        counts.update(split for split, _ in studies.values())
+        return dict(counts)
+
+    missing = {path for path in tqdm(needed, desc="films", disable=None) if not (root / path).is_file()}
     if missing and not args.skip_missing:
-        raise ValueError(f"{len(missing)} of {len(studies)} films are missing, the first {root / image_of[missing[0]]}; "
-                         "fetch them, or leave their studies out with --skip_missing")
-    counts["films missing, studies left out"] = len(missing)
-    studies = {key: value for key, value in studies.items() if key not in set(missing)}
+        raise ValueError(f"{len(missing)} of the {len(needed)} films that {listed} names are missing in {root}, the first {min(missing)}; "
+                         "fetch that list, or leave their studies out with --skip_missing")
+    counts["films missing in pairs of MS-CXR-T"] = len(missing & of_pairs)
+    counts["films missing, studies left out"] = sum(image in missing for image in image_of.values())
+    studies = {key: value for key, value in studies.items() if image_of[key] not in missing}
     if not studies:
         raise ValueError(f"{root}: no study is left, expected films of {', '.join(SPLITS)} below files/")
 
@@ -143,10 +170,11 @@ def parse(argv=None):
     parser.add_argument("--test_labels", help="mimic-cxr-2.1.0-test-set-labeled.csv: radiologists' labels in place of these")
     parser.add_argument("--sample", type=int, help="training studies to draw; the paper has 24426 (default: all)")
     parser.add_argument("--seed", type=int, default=0, help="of the sample (default: %(default)s)")
-    parser.add_argument("--ms_cxr_t", help="MS_CXR_T_temporal_image_classification_v1.0.0.csv, whose patients are left out of training")
+    parser.add_argument("--ms_cxr_t", help="MS_CXR_T_temporal_image_classification_v1.0.0.csv: its patients leave training, its films are listed")
     parser.add_argument("--keep_ms_cxr_t", action="store_true", help="train on patients of MS-CXR-T too: its test set then leaks")
     parser.add_argument("--reports", help="folder of MIMIC-CXR's reports, with files/p10/... or p10/... (default: no reports)")
     parser.add_argument("--report_section", choices=("findings", "impression", "both"), default="findings", help="default: %(default)s")
+    parser.add_argument("--list_only", action="store_true", help="write the list of the films that are needed, look for none, and end")
     parser.add_argument("--skip_missing", action="store_true", help="leave out studies whose film is not on the disk, instead of stopping")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")
     args = parser.parse_args(argv)
