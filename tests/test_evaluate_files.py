@@ -4,18 +4,21 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import test_benchmarks as files
 import torch
+from conftest import ROOT
 
 import benchmarks
 import data
 import evaluate
 import paper_tables
 import questions
+import spd
 import student
 from metrics import meteor, scores
 
@@ -350,6 +353,26 @@ def test_a_student_with_a_name_of_table_5_has_its_rows_beside_it_on_ms_cxr_t(tmp
     of = {name: "\n".join(run(capsys, monkeypatch, *flags, f"{name}={folder}")[0]) for name in ("ours", "SPD, one teacher")}
     assert "paper: SPD, one teacher" not in of["ours"] and all("paper: CoCa-CXR" in text for text in of.values())
     assert "paper: SPD, all teachers + APO" in of["SPD, one teacher"]
+
+
+def test_the_recipes_of_measure_md_are_commands_and_make_the_rows_of_table_5():
+    """A shell expands them, and prints the words of each command instead of running it."""
+    part = (ROOT / "docs/measure.md").read_text().split("## On the real files")[1].split("\n## ")[0]
+    lines = "\n".join(line for line in part.splitlines() if line.startswith("    "))
+    prints = "for name in python torchrun pip; do eval \"$name() { printf '%s\\x1f' \\\"\\$@\\\"; echo; }\"; done\n"
+    done = subprocess.run(["bash", "-euc", prints + lines], capture_output=True, text=True, check=True)
+    commands = [line.split("\x1f")[:-1] for line in done.stdout.splitlines()]
+    assert ["install", "pycocoevalcap"] in commands
+    asked = [evaluate.parse(words[1:]) for words in commands if words[0] == "evaluate.py"]
+    trained = [spd.parse(words[2:]) for words in commands if "spd.py" in words]
+    tasks = [(args.task, args.blank) for args in asked if args.command == "classify" and args.student == ["S"] and args.output]
+    assert tasks == [("progression", "exclude"), ("presence", "exclude"), ("presence", "negative")]
+    ladders = [args for args in asked if args.command == "classify" and len(args.student) == 3]
+    assert [args.task for args in ladders] == ["presence", "progression"]
+    assert all([value.partition("=")[0] for value in args.student] == list(paper_tables.TABLE_5) for args in ladders)
+    assert [(args.teachers, args.output_dir) for args in trained] == [("gpt-5", "runs/spd1"), (None, "runs/spd")]
+    made = {args.output for args in asked if args.command != "tables" and args.output}
+    assert all({*args.results} - {"..."} <= made for args in asked if args.command == "tables")
 
 
 @pytest.mark.skipif(not PAPER_TXT, reason="PAPER_TXT is not set to the paper's text")
