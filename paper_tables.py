@@ -83,18 +83,18 @@ def beside(number, ours):
         columns = (*columns, "mean all")
     width = max([44, *(len(f"here: {name}") for name in ours)])
     lines = [f"Table {number}. {title}", f"{'':{width}}" + "".join(f"{column:>14}" for column in columns)]
-    lines += [f"{'paper: ' + name:{width}}" + "".join(_cell(figure, digits, "-") for figure in figures) for name, figures in paper.items()]
+    lines += [f"{'paper: ' + name:{width}}" + "".join(cell(figure, 14, digits) for figure in figures) for name, figures in paper.items()]
     for name, figures in (ours or {"": [None] * len(columns)}).items():
         absent = "-" if classified and any(figure is not None for figure in figures) else "not run"
-        lines.append(f"{('here: ' + name).rstrip(': '):{width}}" + "".join(_cell(figure, 3, absent) for figure in figures))
+        lines.append(f"{('here: ' + name).rstrip(': '):{width}}" + "".join(cell(figure, 14, absent=absent) for figure in figures))
         missing = [column for column, figure in zip(CLASSIFICATION, figures) if figure is None and column != "Avg."]
         if absent == "-" and missing:
             lines.append(f"    no Avg. of {name}: no figure for {', '.join(missing)}")
     return "\n".join(lines)
 
 
-def _cell(figure, digits, absent):
-    return f"{absent:>14}" if figure is None else f"{figure:>14.{digits}f}"
+def cell(value, width=7, digits=3, absent="-"):
+    return f"{absent:>{width}}" if value is None else f"{value:>{width}.{digits}f}"
 
 
 def table(rows, findings, paper=None):
@@ -115,10 +115,6 @@ def table(rows, findings, paper=None):
         of = dict(zip(FIVE, figures))
         lines.append(f"{'paper: ' + name:34}" + "".join(f"{of[f]:>7.2f}" if f in of else f"{'':7}" for f in columns) + f"{figures[-1]:>7.2f}")
     return "\n".join([*lines, *notes])
-
-
-def cell(value, width=7, digits=3):
-    return f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
 
 
 def plain(row):
