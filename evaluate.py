@@ -1,7 +1,7 @@
 """Leave here: what the paper measures, on a student and on its teachers. Nothing trains.
 
-    python evaluate.py classify --student runs/apo/student --studies studies.jsonl --images files      labels of your own (Table 5)
-    python evaluate.py classify --student ... --task progression --ms_cxr_t MS_CXR_T_...csv --images mimic-cxr-jpg         (Table 1)
+    python evaluate.py classify --student runs/apo/student --studies studies.jsonl --images files     labels of your own, beside Table 5
+    python evaluate.py classify --student ... --task progression --ms_cxr_t MS_CXR_T_...csv --images mimic-cxr-jpg      (Tables 1, 5)
     python evaluate.py reports  --student ... --annotation annotation.json --images mimic-cxr-jpg/files                (Tables 3, 7)
     python evaluate.py zeroshot --student ... --open_i DIR --chestx_ray14 DIR --chexpert DIR --chestx_det10 DIR            (Table 4)
     python evaluate.py teachers --studies studies.jsonl                        how far they drift apart, teachers.py (Fig. 1a, Table 2)
@@ -37,7 +37,7 @@ from metrics import scores
 from metrics.findings import finding_scores
 from metrics.meteor import Meteor
 from metrics.text import bleu, cider, clean_r2gen, rouge_l
-from paper_tables import FIVE, TABLE_1, TABLE_5, TEXT_METRICS, ZERO_SHOT, table, with_intervals
+from paper_tables import FIVE, TABLE_1, TABLE_5, TEXT_METRICS, ZERO_SHOT
 
 
 def answers(model, encoder, studies, task, temperature, seed=0, batch_size=50, max_new_tokens=1024, prompt="student", num_workers=0,
@@ -99,8 +99,8 @@ def styles(texts, studies, words=3):
 
 
 def intervals(readings, studies, findings, metric, samples, seed):
-    """`metric` (scores.accuracy or scores.macro_accuracy) per finding, "mean" over findings, and 95% bootstrap intervals of both; for the mean
-    whole studies are drawn. -> {"value": {finding or "mean": figure}, "interval": {the same: (low, high)}}."""
+    """`metric` (scores.accuracy or scores.macro_accuracy) per finding, "mean" over findings, "mean 5" over the paper's five if there are more,
+    and 95% bootstrap intervals; for a mean whole studies are drawn. -> {"value": {key: figure}, "interval": {key: (low, high)}}."""
     def mean_over(names):
         def statistic(drawn):
             values = []
@@ -111,7 +111,7 @@ def intervals(readings, studies, findings, metric, samples, seed):
             return fmean(values) if values else None
         return statistic
 
-    groups = {name: (name,) for name in findings} | {"mean": tuple(findings)}
+    groups = {name: (name,) for name in findings} | ({"mean 5": FIVE} if set(FIVE) < set(findings) else {}) | {"mean": tuple(findings)}
     labelled = {name: [i for i, study in enumerate(studies) if any(f in study.labels for f in names)] for name, names in groups.items()}
     return {"value": {name: mean_over(names)(labelled[name]) for name, names in groups.items()},
             "interval": {name: scores.bootstrap_interval(mean_over(names), labelled[name], samples=samples, seed=seed)
@@ -208,17 +208,12 @@ def run_classify(args):
     if args.task == "presence":
         rows["always no"] = score([dict.fromkeys(task.findings, 0)] * len(studies), studies, task)
     rows |= ours
-    first = [finding for finding in FIVE if finding in task.findings]
-    lines = [table(rows, [*first, *(f for f in task.findings if f not in first)], (TABLE_1 if args.task else TABLE_5) if first else None)]
+    paper = TABLE_5 if args.studies else TABLE_1 | (TABLE_5 if set(folders) & set(TABLE_5) else {})
     share = {finding: {"n": count.total(), **{str(value): count[value] / count.total() for value in task.classes}}
              for finding, count in label_counts(studies, task).items()}
-    lines += [f"{finding}: " + ", ".join(f"{value} {figure}" if value == "n" else f"{value} {figure:.3f}" for value, figure in shares.items())
-              for finding, shares in share.items()]
+    lines = [paper_tables.table(rows, task.findings, paper), *paper_tables.prevalence_lines(share)]
     for name in folders:
-        for mode, result in rows[name].items():
-            lines += with_intervals(name, mode, result)
-        if args.mode == "parse":
-            lines.append(f"{name}: voices, greedy {rows[name]['greedy']['styles']}, sampled {rows[name]['sampled']['styles']}")
+        lines += paper_tables.student_lines(name, rows[name])
     text = "\n".join([*lines, *bench.notes])
     return results.end(args, {"settings": settings, "rows": rows, "prevalence": share, "missing": missing, "table": text})
 
@@ -255,11 +250,9 @@ def run_reports(args):
         raise ValueError(f"no image could be read, the first: {next(iter(failed.values()))}")
     rows = {name: score_reports([texts[study.id] for study in studies], [study.report for study in studies], args.clean, meteor, args.uncertain)
             for name, texts in written.items()}
-    ours = {name: [row.get(key) for key in TEXT_METRICS] for name, row in rows.items()}
-    lines = [paper_tables.beside(3, ours), paper_tables.beside(7, ours),
-             f"{len(studies)} reports; cleaning: {args.clean}, no cut at 99 words, no <unk>; findings: of the texts as written, "
-             f"uncertain counts as {args.uncertain}"]
-    lines += [paper_tables.report_line(name, row) for name, row in rows.items()]
+    how = (f"{len(studies)} reports; cleaning: {args.clean}, no cut at 99 words, no <unk>; findings: of the texts as written, "
+           f"uncertain counts as {args.uncertain}")
+    lines = paper_tables.report_lines(rows, how)
     return results.end(args, {"settings": settings, "rows": rows, "missing": missing, "table": "\n".join([*lines, *bench.notes])})
 
 
@@ -369,7 +362,7 @@ def add_student_arguments(p, answers=True):
         p.add_argument("--max_new_tokens", type=flags.at_least_one, default=1024, help="tokens of an answer (default: %(default)s)")
         p.add_argument("--batch_size", type=flags.at_least_one, default=32, help="studies per forward of generated answers (default: %(default)s)")
         p.add_argument("--seed", type=int, default=0, help="of the sampled answers and the bootstrap (default: %(default)s)")
-        p.add_argument("--split", default="test", help="which studies: train, validate, test (default: %(default)s)")
+        p.add_argument("--split", help="which studies: train, validate, test (default: test)")
 
 
 def parse(argv=None):
@@ -379,7 +372,7 @@ def parse(argv=None):
                             description="Top-1 accuracy per finding, beside the label prior, teachers and vote. One of --studies and --task.")
     p.add_argument("--studies", help="studies.jsonl with labels")
     p.add_argument("--task_file", help="task.json of --studies; without it MIMIC-CXR's 14 findings")
-    p.add_argument("--task", choices=("progression", "presence"), help="MS-CXR-T: the course over two films, or presence on the current one")
+    p.add_argument("--task", choices=("progression", "presence"), help="MS-CXR-T, which has no splits: the course over two films, or presence")
     p.add_argument("--ms_cxr_t", help="MS_CXR_T_temporal_image_classification_v1.0.0.csv")
     p.add_argument("--chexpert_csv", help="mimic-cxr-2.0.0-chexpert.csv.gz, the labels of presence")
     p.add_argument("--blank", choices=("exclude", "negative"), default="exclude", help="findings not mentioned, for presence (default: %(default)s)")
@@ -430,6 +423,10 @@ def parse(argv=None):
             parser.error(f"--task {args.task}: expected --ms_cxr_t" + (" and --chexpert_csv" if args.task == "presence" else ""))
         if args.task and args.prompt == "teacher":
             parser.error("--prompt teacher names the labels, expected only with --studies")
+        if args.task and (args.split is not None or args.task_file):
+            parser.error(f"--task {args.task}: MS-CXR-T has no splits and its own findings, expected --split and --task_file only with --studies")
+    if args.command in ("classify", "reports") and args.split is None:
+        args.split = "test"
     return args
 
 

@@ -1,7 +1,8 @@
 """The paper's own figures, as printed: Tables 1-5 and 7, all rows; None is the paper's '-'. `beside` and `table` print ours with them.
 
 The paper disagrees with itself: its text gives 0.76 where Table 1 has 0.78, and 'Ours' differs between Tables 3 and 7. The averages are
-its own too; they are not always the mean of the figures beside them.
+its own too; they are not always the mean of the figures beside them. Ours below them is the mean over the same five findings, `mean_of_five`;
+the mean over all findings of a task stands apart, as 'mean all'.
 """
 
 import statistics
@@ -49,37 +50,71 @@ TABLES = {1: ("MS-CXR-T, top-1 accuracy", CLASSIFICATION, TABLE_1),
           7: ("MIMIC-CXR, report generation", TEXT_METRICS, TABLE_7)}
 
 
+def five_first(findings):
+    """The order of a table's columns: the paper's five, then the others."""
+    return [*(f for f in FIVE if f in findings), *(f for f in findings if f not in FIVE)]
+
+
+def mean_of_five(accuracy):
+    """accuracy: {finding: share} -> what the paper's 'Avg.' is compared with: the unweighted mean over its five findings; None if one is missing."""
+    five = [accuracy.get(finding) for finding in FIVE]
+    return None if None in five else sum(five) / len(five)
+
+
+def means_of(scores, beside_paper=True):
+    """The columns of means for these scores, {heading: score -> mean}, first the one that a paper's average stands below, and the lines that
+    say why a mean is missing. One column 'mean' where nothing of the paper's is beside, or all scores are of just its five findings."""
+    scores = [s for s in scores if s["accuracy"]]
+    if not beside_paper or all(set(s["accuracy"]) == set(FIVE) for s in scores):
+        return {"mean": lambda s: s["mean"]}, []
+    missing = [finding for finding in FIVE if any(finding not in s["accuracy"] for s in scores)]
+    return ({"mean 5": lambda s: mean_of_five(s["accuracy"]), "mean all": lambda s: s["mean"]},
+            [f"no mean 5 where one of the paper's five findings has no figure: {', '.join(missing)}"] if missing else [])
+
+
 def beside(number, ours):
     """Table `number` as text: the paper's rows, then ours below the same columns.
 
-    ours: {row: figures}, a figure None where it was not measured; empty: one row 'not run'."""
+    ours: {row: figures}, a figure None where it was not measured; empty: one row 'not run'. One figure more than the paper has columns is
+    the mean over all findings of a task that has others than the paper's five."""
     title, columns, paper = TABLES[number]
-    lines = [f"Table {number}. {title}", f"{'':44}" + "".join(f"{column:>14}" for column in columns)]
-    digits = 3 if columns is TEXT_METRICS else 2
-    lines += [f"{'paper: ' + name:44}" + "".join(_cell(figure, digits, "-") for figure in figures) for name, figures in paper.items()]
+    digits, classified = 3 if columns is TEXT_METRICS else 2, columns is CLASSIFICATION
+    if any(len(figures) > len(columns) for figures in ours.values()):
+        columns = (*columns, "mean all")
+    width = max([44, *(len(f"here: {name}") for name in ours)])
+    lines = [f"Table {number}. {title}", f"{'':{width}}" + "".join(f"{column:>14}" for column in columns)]
+    lines += [f"{'paper: ' + name:{width}}" + "".join(cell(figure, 14, digits) for figure in figures) for name, figures in paper.items()]
     for name, figures in (ours or {"": [None] * len(columns)}).items():
-        lines.append(f"{('here: ' + name).rstrip(': '):44}" + "".join(_cell(figure, 3, "not run") for figure in figures))
+        absent = "-" if classified and any(figure is not None for figure in figures) else "not run"
+        lines.append(f"{('here: ' + name).rstrip(': '):{width}}" + "".join(cell(figure, 14, absent=absent) for figure in figures))
+        missing = [column for column, figure in zip(CLASSIFICATION, figures) if figure is None and column != "Avg."]
+        if absent == "-" and missing:
+            lines.append(f"    no Avg. of {name}: no figure for {', '.join(missing)}")
     return "\n".join(lines)
 
 
-def _cell(figure, digits, absent):
-    return f"{absent:>14}" if figure is None else f"{figure:>14.{digits}f}"
+def cell(value, width=7, digits=3, absent="-"):
+    return f"{absent:>{width}}" if value is None else f"{value:>{width}.{digits}f}"
 
 
 def table(rows, findings, paper=None):
-    """rows: {name: score, or {"greedy": score, "sampled": score}} -> text, one line a row; paper: {name: figures} printed below."""
-    columns = [f for f in findings if any(f in s["accuracy"] for s in map(plain, rows.values()))]
-    head = f"{'':34}" + "".join(f"{SHORT.get(f, f[:6]):>7}" for f in columns) + f"{'mean':>7}{'sampled':>9}{'unread':>8}"
-    lines = [head]
+    """rows: {name: score, or {"greedy": score, "sampled": score}} -> text, one line a row; paper: {name: figures} printed below, if any of
+    its five findings is there. 'sampled' is the first of the means, for sampled answers."""
+    columns = five_first([f for f in findings if any(f in s["accuracy"] for s in map(plain, rows.values()))])
+    paper = paper if set(columns) & set(FIVE) else None
+    means, notes = means_of(map(plain, rows.values()), paper)
+    (first, mean), *others = means.items()
+    lines = [f"{'':34}" + "".join(f"{SHORT.get(f, f[:6]):>7}" for f in columns) + f"{first:>7}{'sampled':>9}"
+             + "".join(f"{head:>9}" for head, _ in others) + f"{'unread':>8}"]
     for name, row in rows.items():
         s = plain(row)
-        sampled = f"{row['sampled']['mean']:>9.3f}" if "sampled" in row else f"{'':9}"
-        lines.append(f"{name:34}" + "".join(f"{s['accuracy'].get(f, float('nan')):>7.3f}" for f in columns)
-                     + f"{s['mean']:>7.3f}{sampled}{s['unread']:>8.3f}")
+        lines.append(f"{name:34}" + "".join(f"{s['accuracy'].get(f, float('nan')):>7.3f}" for f in columns) + cell(mean(s))
+                     + (cell(mean(row["sampled"]), 9) if "sampled" in row else f"{'':9}")
+                     + "".join(cell(other(s), 9) for _, other in others) + f"{s['unread']:>8.3f}")
     for name, figures in (paper or {}).items():
         of = dict(zip(FIVE, figures))
         lines.append(f"{'paper: ' + name:34}" + "".join(f"{of[f]:>7.2f}" if f in of else f"{'':7}" for f in columns) + f"{figures[-1]:>7.2f}")
-    return "\n".join(lines)
+    return "\n".join([*lines, *notes])
 
 
 def plain(row):
@@ -87,14 +122,25 @@ def plain(row):
     return row.get("options") or row.get("greedy") or row
 
 
-def with_intervals(name, mode, result):
-    """The lines of one student's top-1 and macro accuracy with their intervals, if it has them."""
+def prevalence_lines(share):
+    """share: {finding: {"n": labels, class: share of them}} -> a line a finding."""
+    return [f"{finding}: " + ", ".join(f"{value} {figure}" if value == "n" else f"{value} {figure:.3f}" for value, figure in shares.items())
+            for finding, shares in share.items()]
+
+
+def student_lines(name, row):
+    """The lines of one student below the table: top-1 and macro accuracy with their intervals, if it has them; whose voices it speaks in."""
     lines = []
-    for key, title in (("top1", "top-1 accuracy"), ("macro", "macro accuracy")):
-        if key in result:
-            values, bounds = result[key]["value"], result[key]["interval"]
-            lines.append(f"{name}, {mode}, {title} [95%]: " + ", ".join(f"{SHORT.get(f, f)} {value:.3f} [{bounds[f][0]:.3f}, {bounds[f][1]:.3f}]"
-                                                                      for f, value in values.items()))
+    for mode, result in row.items():
+        for key, title in (("top1", "top-1 accuracy"), ("macro", "macro accuracy")):
+            if key in result:
+                values, bounds = result[key]["value"], result[key]["interval"]
+                *_, mean = means_of([result], set(values) & set(FIVE))[0]
+                figures = {SHORT.get(f, mean if f == "mean" else f): (value, *bounds[f]) for f, value in values.items()}
+                lines.append(f"{name}, {mode}, {title} [95%]: "
+                             + ", ".join(f"{head} {value:.3f} [{low:.3f}, {high:.3f}]" for head, (value, low, high) in figures.items()))
+    if "greedy" in row:
+        lines.append(f"{name}: voices, greedy {row['greedy']['styles']}, sampled {row['sampled']['styles']}")
     return lines
 
 
@@ -102,11 +148,15 @@ def _rate(value):
     return " none" if value is None else f"{value:.3f}"
 
 
-def report_line(name, row):
-    """What evaluate.score_reports returns beside the columns of Tables 3 and 7."""
-    precision, recall, f1 = (_rate(row["findings"][key]) for key in ("precision", "recall", "f1"))
-    return (f"{name}: CIDEr {row['CIDEr']:.3f}, findings P {precision} R {recall} F1 {f1}, "
-            f"words {row['words']:.1f} (references {row['reference_words']:.1f})")
+def report_lines(rows, how):
+    """rows: {name: what evaluate.score_reports returns} -> Tables 3 and 7 with them, `how` they were scored, and what has no column there."""
+    ours = {name: [row.get(key) for key in TEXT_METRICS] for name, row in rows.items()}
+    lines = [beside(3, ours), beside(7, ours), how]
+    for name, row in rows.items():
+        precision, recall, f1 = (_rate(row["findings"][key]) for key in ("precision", "recall", "f1"))
+        lines.append(f"{name}: CIDEr {row['CIDEr']:.3f}, findings P {precision} R {recall} F1 {f1}, "
+                     f"words {row['words']:.1f} (references {row['reference_words']:.1f})")
+    return lines
 
 
 def auc_lines(name, figures):
@@ -119,9 +169,10 @@ def auc_lines(name, figures):
 
 
 def collect(paths):
-    """Results files of classify, reports and zeroshot -> {table number: {row: figures}}, as `beside` takes them. Rows of a studies.jsonl stand
-    below Table 2 and, if they have the names of its rows, below Table 5, as do those of `demo.py ladder`. Raises ValueError naming a file
-    that is none of these."""
+    """Results files of classify, reports and zeroshot -> {table number: {row: figures}}, as `beside` takes them. Students on MS-CXR-T stand
+    below Table 1, all rows of a studies.jsonl below Table 2; students with the names of its rows also below Table 5, as do those of
+    `demo.py ladder`. A row that stands in two files with other figures has the file's name in the second. Raises ValueError naming a
+    file that is none of these."""
     ours = {number: {} for number in TABLES}
     for path in paths:
         content = read_json(path)
@@ -129,7 +180,8 @@ def collect(paths):
             for number, name, figures in rows_of(content):
                 if not all(figure is None or type(figure) in (int, float) and abs(figure) < 1e9 for figure in figures):
                     raise ValueError(f"{name!r}: a figure that is no number")
-                ours[number][shown(name)] = figures
+                name = shown(name)
+                ours[number][name if ours[number].get(name, figures) == figures else f"{name} ({shown(path)})"] = figures
         except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
             raise ValueError(f"{path}: expected the --output of classify, reports or zeroshot, or results.json of demo.py ladder; "
                              f"{type(error).__name__}: {shown(error)}") from None
@@ -143,13 +195,15 @@ def rows_of(content):
     if settings.get("command") == "classify":
         for name, row in rows.items():
             s, where = plain(row), f"MS-CXR-T {settings['task']}" if settings["task"] else Path(settings["studies"]).name
-            figures, asked = [*(s["accuracy"].get(finding) for finding in FIVE), s["mean"]], s is not row
-            if settings["task"] and asked:
-                yield 1, f"{name} [{where}]", figures
-            elif not settings["task"]:
-                yield 2, f"{name} [{where}]", figures
-                if asked and name in TABLE_5:
-                    yield 5, f"{name} [{where}]", figures
+            if settings["task"] == "presence" and settings.get("blank") == "negative":
+                where += ", blank negative"
+            figures, asked = [*(s["accuracy"].get(finding) for finding in FIVE), mean_of_five(s["accuracy"])], s is not row
+            if set(s["accuracy"]) != set(FIVE):
+                figures.append(s["mean"])
+            if asked or not settings["task"]:
+                yield 1 if settings["task"] else 2, f"{name} [{where}]", figures
+            if asked and name in TABLE_5:  # which is measured on MS-CXR-T; of a studies.jsonl it is the same ablation on other films
+                yield 5, f"{name} [{where}]", figures
     elif settings.get("command") == "reports":
         for name, row in rows.items():
             yield 3, name, [row.get(key) for key in TEXT_METRICS]

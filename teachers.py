@@ -10,7 +10,8 @@ precision, recall, F1   of positive findings, micro over all (study, finding) pa
 similarity              to the report: cosine of TF-IDF vectors (the words' idf from the reports), or of mean hidden states (--encoder)
 words, refused          mean length of a text; share of texts that decline and find nothing
 accuracy                per finding, Table 2: the class that is read equals the truth's, over the studies whose truth names the finding and for
-                        which the teacher gave a text (evaluate.py classify counts a missing one as wrong); what cannot be read is wrong
+                        which the teacher gave a text (evaluate.py classify counts a missing one as wrong); what cannot be read is wrong.
+                        'mean 5' is over the paper's five findings, 'mean all' and the "mean" of the JSON over the task's
 gap                     accuracy of the best teacher less that of the worst
 kappa                   Cohen's, between two teachers: per finding over the studies that both answered, not naming it being a class of its
                         own; mean over the findings where it is defined
@@ -39,7 +40,7 @@ import data
 import ranks
 from metrics.scores import cohen_kappa
 from metrics.text import tf_idf
-from paper_tables import FIVE, SHORT, TABLE_2
+from paper_tables import FIVE, SHORT, TABLE_2, cell, five_first, means_of
 from records import require_folder
 
 OF_THE_PAPER = {name.lower(): figures for name, figures in TABLE_2.items() if name != "Ours"}
@@ -258,10 +259,6 @@ def of_the_paper(name):
     return next((row for row in OF_THE_PAPER if row in name.lower()), None)
 
 
-def cell(value, width=7, digits=3):
-    return f"{'-':>{width}}" if value is None else f"{value:>{width}.{digits}f}"
-
-
 def square(names, matrix):
     """A matrix with the teachers' names beside it and their numbers above."""
     return [f"{'':24}" + "".join(f"{i:>7}" for i in range(1, len(names) + 1))] + [
@@ -278,13 +275,16 @@ def table(result, task):
         lines.append(f"{name:24}{row['texts']:>11}" + "".join(cell(row[key], 11) for key in ("precision", "recall", "f1", "similarity"))
                      + cell(row["words"], 11, 1) + cell(row["refused"], 11))
     if result["gap"]:
-        first = [f for f in FIVE if f in result["gap"]]
-        columns = first + [f for f in task.findings if f in result["gap"] and f not in first]
-        lines += ["", f"{'accuracy':24}" + "".join(f"{SHORT.get(f, f[:6]):>7}" for f in columns) + f"{'mean':>7}"]
+        columns = five_first([f for f in task.findings if f in result["gap"]])
+        first = set(columns) & set(FIVE)
+        means, notes = means_of(rows.values(), first)
+        lines += ["", f"{'accuracy':24}" + "".join(f"{SHORT.get(f, f[:6]):>7}" for f in columns)
+                  + "".join(f"{head:>{max(7, len(head) + 1)}}" for head in means)]
         ours = {of_the_paper(name) for name in rows}
         for name in [*rows, *(row for row in OF_THE_PAPER if first and row not in ours)]:
             if name in rows:
-                lines.append(f"{name:24}" + "".join(cell(rows[name]["accuracy"].get(f)) for f in columns) + cell(rows[name]["mean"]))
+                lines.append(f"{name:24}" + "".join(cell(rows[name]["accuracy"].get(f)) for f in columns)
+                             + "".join(cell(mean(rows[name]), max(7, len(head) + 1)) for head, mean in means.items()))
             else:
                 lines.append(f"{name:24}  not run")
             if first and (row := of_the_paper(name)):
@@ -295,6 +295,7 @@ def table(result, task):
         if first:
             spread = {f: max(v) - min(v) for f, v in zip(FIVE, zip(*OF_THE_PAPER.values()))}
             lines.append(f"{'  paper':24}" + "".join(f"{spread[f]:>7.2f}" if f in spread else f"{'':7}" for f in columns))
+        lines += notes
     if len(rows) > 1:
         lines += ["", "agreement: Cohen's kappa, mean over findings", *square(result["kappa"]["names"], result["kappa"]["matrix"])]
     for one in result["errors"]["given"]:

@@ -7,6 +7,7 @@ import pytest
 
 import data
 import evaluate
+import paper_tables
 import student
 from data import Study
 
@@ -85,33 +86,53 @@ def scores(**accuracy):
 
 
 def cells(text):
-    """{row: {column: figure}}, read by where a figure ends below its column's name."""
+    """{row: {column: figure, or '-'}}, read by where a figure ends below its column's name."""
     head, *lines = text.splitlines()
-    ends = {match.end(): match[0] for match in re.finditer(r"\S+", head)}
-    return {line[:34].strip(): {ends[34 + m.end()]: float(m[0]) for m in re.finditer(r"\S+", line[34:])} for line in lines}
+    ends = {match.end(): match[0] for match in re.finditer(r"mean \w+|\S+", head)}
+    return {line[:34].strip(): {ends[34 + m.end()]: m[0] if m[0] == "-" else float(m[0]) for m in re.finditer(r"\S+", line[34:])} for line in lines}
 
 
-FIVE = dict(zip(evaluate.FIVE, (0.81, 0.62, 0.73, 0.94, 0.55)))
+FIVE = dict(zip(paper_tables.FIVE, (0.81, 0.62, 0.73, 0.94, 0.55)))
 
 
 def test_the_table_puts_every_figure_below_its_name():
     rows = {"teacher": scores(**FIVE), "student": {"greedy": scores(**{**FIVE, "Edema": 0.25}), "sampled": {"mean": 0.5}}}
-    out = cells(evaluate.table(rows, evaluate.FIVE, evaluate.TABLE_5))
+    out = cells(paper_tables.table(rows, paper_tables.FIVE, paper_tables.TABLE_5))
     assert out["teacher"] == {"Con.": 0.81, "PE": 0.62, "Pna.": 0.73, "Pnx.": 0.94, "Ede.": 0.55, "mean": 0.73, "unread": 0.125}
     assert out["student"] == {"Con.": 0.81, "PE": 0.62, "Pna.": 0.73, "Pnx.": 0.94, "Ede.": 0.25, "mean": 0.67, "sampled": 0.5, "unread": 0.125}
     assert out["paper: SPD, all teachers + APO"] == {"Con.": 0.84, "PE": 0.67, "Pna.": 0.78, "Pnx.": 0.96, "Ede.": 0.65, "mean": 0.78}
 
 
 def test_the_table_leaves_out_findings_that_nobody_has_and_marks_what_one_row_lacks():
-    text = evaluate.table({"a": scores(Effusion=0.5, Heart=1.0), "b": scores(Effusion=0.25)}, ("Effusion", "Edema", "Heart"))
+    text = paper_tables.table({"a": scores(Effusion=0.5, Heart=1.0), "b": scores(Effusion=0.25)}, ("Effusion", "Edema", "Heart"))
     assert text.splitlines()[0].split() == ["Effusi", "Heart", "mean", "sampled", "unread"]
     assert text.splitlines()[2].split() == ["b", "0.250", "nan", "0.250", "0.125"]
 
 
 def test_the_papers_figures_stay_below_their_findings_when_the_data_lack_one():
     some = {name: value for name, value in FIVE.items() if name != "Pneumonia"}
-    out = cells(evaluate.table({"student": scores(**some)}, evaluate.FIVE, evaluate.TABLE_5))
-    assert out["paper: SPD, all teachers + APO"]["Ede."] == 0.65
+    text, note = paper_tables.table({"student": scores(**some)}, paper_tables.FIVE, paper_tables.TABLE_5).rsplit("\n", 1)
+    out = cells(text)
+    assert out["paper: SPD, all teachers + APO"]["Ede."] == 0.65 and out["paper: SPD, all teachers + APO"]["mean 5"] == 0.78
+    assert out["student"]["mean 5"] == "-" and out["student"]["mean all"] == 0.73  # four findings have no mean of five
+    assert note == "no mean 5 where one of the paper's five findings has no figure: Pneumonia"
+
+
+def test_the_papers_mean_stands_below_that_of_its_five_findings_and_never_below_that_of_all():
+    fourteen = {**dict.fromkeys(data.CHEST.findings, 0.0), **FIVE}
+    sampled = {**scores(**{**fourteen, "Edema": 0.05}), "mean": 0.0}
+    rows = {"u": scores(**fourteen), "student": {"greedy": scores(**fourteen), "sampled": sampled}}
+    text = paper_tables.table(rows, data.CHEST.findings, paper_tables.TABLE_5)
+    out = cells(text)
+    assert list(out["u"])[:6] == ["Con.", "PE", "Pna.", "Pnx.", "Ede.", "Ate."] and len(out["u"]) == 14 + 3
+    for row in ("u", "student"):
+        assert out[row]["mean 5"] == 0.73 and out[row]["mean all"] == 0.261  # 3.65 / 5 and / 14
+    assert out["student"]["sampled"] == 0.63  # 3.15 / 5
+    assert {"mean 5": 0.68} == {k: v for k, v in out["paper: SPD, all teachers"].items() if "mean" in k} and "no mean" not in text
+    assert "mean all" not in paper_tables.table({"u": scores(**fourteen)}, data.CHEST.findings)  # nothing of the paper's beside
+    rows["v"] = scores(**{finding: value for finding, value in fourteen.items() if finding != "Edema"})
+    *lines, note = paper_tables.table(rows, data.CHEST.findings, paper_tables.TABLE_5).splitlines()
+    assert note.endswith(": Edema") and [cells("\n".join(lines))[row]["mean 5"] for row in "uv"] == [0.73, "-"]
 
 
 # ----------------------------------------------------------------------------------------------------------- answers

@@ -4,18 +4,21 @@ import json
 import os
 import re
 import shutil
+import subprocess
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import test_benchmarks as files
 import torch
+from conftest import ROOT
 
 import benchmarks
 import data
 import evaluate
 import paper_tables
 import questions
+import spd
 import student
 from metrics import meteor, scores
 
@@ -53,7 +56,8 @@ def test_progression_prints_top1_and_macro_with_intervals_beside_table_1(tmp_pat
     assert ours["top1"]["value"]["mean"] == pytest.approx(ours["mean"])
     text = "\n".join(lines)
     assert "paper: CoCa-CXR" in text and "Pleural Effusion: n 2, improving 0.500, stable 0.500, worsening 0.000" in text
-    assert re.search(r"ours, options, macro accuracy \[95%\]: .*mean 0\.\d+ \[0\.\d+, [01]\.\d+\]", text)
+    assert re.search(r"ours, options, macro accuracy \[95%\]: .*mean all 0\.\d+ \[0\.\d+, [01]\.\d+\]", text)
+    assert "no mean 5 where one of the paper's five findings has no figure: Pneumonia" in lines  # none of its labels in these rows
     assert "majority class" in out["rows"] and out["missing"] == 0
     two = script("evaluate.py", *flags, "--json", ranks=2).stdout.splitlines()
     assert json.loads(two[-1]) == out
@@ -109,11 +113,29 @@ def test_labels_that_no_question_offers_are_left_out_of_every_row(tmp_path, worl
 
 @pytest.mark.parametrize("flags, message", [
     (["--task", "progression"], "expected --ms_cxr_t"), (["--task", "presence", "--ms_cxr_t", "x.csv"], "expected --ms_cxr_t and --chexpert_csv"),
-    ([], "expected one of --studies and --task"), (["--studies", "x", "--task", "presence"], "expected one of --studies and --task")])
+    ([], "expected one of --studies and --task"), (["--studies", "x", "--task", "presence"], "expected one of --studies and --task"),
+    (["--task", "progression", "--ms_cxr_t", "x", "--split", "test"], "expected --split and --task_file only with --studies"),
+    (["--task", "progression", "--ms_cxr_t", "x", "--task_file", "t"], "expected --split and --task_file only with --studies")])
 def test_flags_that_do_not_fit_are_refused(flags, message, capsys):
     with pytest.raises(SystemExit):
         evaluate.parse(["classify", "--student", "x", *flags])
     assert message in capsys.readouterr().err
+
+
+def test_the_split_is_test_where_none_is_given():
+    asked = (["classify", "--studies", "x"], ["reports", "--studies", "x"], ["classify", "--studies", "x", "--split", "train"])
+    assert [evaluate.parse([*flags, "--student", "x"]).split for flags in asked] == ["test", "test", "train"]
+
+
+def test_with_more_findings_than_the_papers_the_mean_of_its_five_has_an_interval_of_its_own():
+    findings = ["Cardiomegaly", *paper_tables.FIVE]
+    studies = [data.Study(str(i), (), dict.fromkeys(findings, i % 2), {}) for i in range(20)]
+    readings = [{**study.labels, "Cardiomegaly": 9} for study in studies]
+    top1 = evaluate.intervals(readings, studies, findings, scores.accuracy, 20, 0)
+    assert top1["value"]["mean 5"] == 1.0 and top1["interval"]["mean 5"] == (1.0, 1.0) and top1["value"]["mean"] == pytest.approx(5 / 6)
+    (line,) = paper_tables.student_lines("S", {"options": {"accuracy": dict.fromkeys(findings, 1.0), "top1": top1}})
+    assert line.endswith("mean 5 1.000 [1.000, 1.000], mean all 0.833 [0.833, 0.833]")
+    assert "mean 5" not in evaluate.intervals(readings, studies, findings[1:], scores.accuracy, 20, 0)["value"]
 
 
 def test_intervals_draw_whole_studies_and_leave_out_what_has_no_label():
@@ -273,10 +295,84 @@ def test_all_tables_stand_beside_what_was_run(tmp_path, asked, four, capsys, mon
     assert [int(number) for number in re.findall(r"^Table (\d)\.", text, re.M)] == [1, 2, 3, 4, 5, 7]
     tables = out["tables"]
     assert list(tables["1"]) == ["ours [MS-CXR-T presence]"] and tables["4"]["ours"][2] is not None and tables["4"]["ours"][0] is None
+    assert "    no Avg. of ours [MS-CXR-T presence]" not in text and len(tables["1"]["ours [MS-CXR-T presence]"]) == 6
     assert "gpt-5 [studies.jsonl]" in tables["2"] and list(tables["5"]) == ["SPD, all teachers [studies.jsonl]"] and tables["3"] == tables["7"] == {}
     assert len(re.findall(r"^here( +not run){6}$", text, re.M)) == 2  # Tables 3 and 7
     with pytest.raises(ValueError, match="task.json: expected the --output of"):
         evaluate.run(evaluate.parse(["tables", str(task)]))
+
+
+def classified(path, rows, **settings):
+    path.write_text(json.dumps({"settings": {"command": "classify", "task": None, "studies": None, "blank": "exclude", **settings}, "rows": rows}))
+    return path
+
+
+def share(**accuracy):
+    return {"accuracy": accuracy, "mean": sum(accuracy.values()) / len(accuracy)}
+
+
+LADDER = tuple(paper_tables.TABLE_5)
+WHOLE = dict(zip(paper_tables.FIVE, (0.81, 0.62, 0.73, 0.94, 0.55)))
+
+
+def test_table_5_is_of_ms_cxr_t_and_has_the_students_of_every_task_result(tmp_path):
+    rows = {"always no": share(**WHOLE), "SPD": {"options": share(**WHOLE)}, **{name: {"options": share(**WHOLE)} for name in LADDER}}
+    ours = paper_tables.collect([classified(tmp_path / "progression.json", rows, task="progression"),
+                                 classified(tmp_path / "presence.json", rows, task="presence"),
+                                 classified(tmp_path / "negative.json", rows, task="presence", blank="negative")])
+    sources = ("progression", "presence", "presence, blank negative")
+    assert list(ours[5]) == [f"{name} [MS-CXR-T {source}]" for source in sources for name in LADDER]
+    assert list(ours[1]) == [f"{name} [MS-CXR-T {source}]" for source in sources for name in ("SPD", *LADDER)] and ours[2] == {}
+    assert ours[5]["SPD, one teacher [MS-CXR-T progression]"] == [*WHOLE.values(), pytest.approx(0.73)]
+    head, *lines = paper_tables.beside(5, ours[5]).splitlines()[1:]
+    assert {len(line) for line in lines} == {len(head)} and len(lines) == 3 + 9 and "mean all" not in head
+
+
+def test_what_stands_below_avg_is_the_mean_of_the_papers_five_findings(tmp_path):
+    fourteen, four = {**dict.fromkeys(data.CHEST.findings, 0.0), **WHOLE}, {**WHOLE, "Fracture": 1.0}
+    del four["Pneumonia"]
+    ours = paper_tables.collect([classified(tmp_path / "r.json", {"gpt-5": share(**fourteen), "u": share(**four)}, studies="x/s.jsonl")])[2]
+    assert ours["gpt-5 [s.jsonl]"] == [*WHOLE.values(), pytest.approx(3.65 / 5), pytest.approx(3.65 / 14)]
+    assert ours["u [s.jsonl]"] == [0.81, 0.62, None, 0.94, 0.55, None, pytest.approx(3.92 / 5)]
+    lines = paper_tables.beside(2, ours).splitlines()
+    assert lines[1].split() == ["Con.", "PE", "Pna.", "Pnx.", "Ede.", "Avg.", "mean", "all"]
+    assert [line.split("]")[-1].split() for line in lines[-3:-1]] == [["0.810", "0.620", "0.730", "0.940", "0.550", "0.730", "0.261"],
+                                                                      ["0.810", "0.620", "-", "0.940", "0.550", "-", "0.784"]]
+    assert {len(line) for line in lines[-3:-1]} == {len(lines[1])} and lines[-1] == "    no Avg. of u [s.jsonl]: no figure for Pna."
+
+
+def test_a_row_that_two_files_have_stands_twice_if_its_figures_differ(tmp_path):
+    first, same, other = (classified(tmp_path / f"{name}.json", {"S": {"options": share(**WHOLE, **more)}}, task="presence")
+                          for name, more in (("first", {}), ("same", {}), ("other", {"Fracture": 1.0})))
+    assert list(paper_tables.collect([first, same, other])[1]) == ["S [MS-CXR-T presence]", f"S [MS-CXR-T presence] ({other})"]
+
+
+def test_a_student_with_a_name_of_table_5_has_its_rows_beside_it_on_ms_cxr_t(tmp_path, asked, capsys, monkeypatch):
+    flags = ["classify", "--task", "presence", *files.write_ms_cxr_t(tmp_path), "--bootstrap", "0", "--no-bf16", "--student"]
+    folder = asked[1].partition("=")[2]
+    of = {name: "\n".join(run(capsys, monkeypatch, *flags, f"{name}={folder}")[0]) for name in ("ours", "SPD, one teacher")}
+    assert "paper: SPD, one teacher" not in of["ours"] and all("paper: CoCa-CXR" in text for text in of.values())
+    assert "paper: SPD, all teachers + APO" in of["SPD, one teacher"]
+
+
+def test_the_recipes_of_measure_md_are_commands_and_make_the_rows_of_table_5():
+    """A shell expands them, and prints the words of each command instead of running it."""
+    part = (ROOT / "docs/measure.md").read_text().split("## On the real files")[1].split("\n## ")[0]
+    lines = "\n".join(line for line in part.splitlines() if line.startswith("    "))
+    prints = "for name in python torchrun pip; do eval \"$name() { printf '%s\\x1f' \\\"\\$@\\\"; echo; }\"; done\n"
+    done = subprocess.run(["bash", "-euc", prints + lines], capture_output=True, text=True, check=True)
+    commands = [line.split("\x1f")[:-1] for line in done.stdout.splitlines()]
+    assert ["install", "pycocoevalcap"] in commands
+    asked = [evaluate.parse(words[1:]) for words in commands if words[0] == "evaluate.py"]
+    trained = [spd.parse(words[2:]) for words in commands if "spd.py" in words]
+    tasks = [(args.task, args.blank) for args in asked if args.command == "classify" and args.student == ["S"] and args.output]
+    assert tasks == [("progression", "exclude"), ("presence", "exclude"), ("presence", "negative")]
+    ladders = [args for args in asked if args.command == "classify" and len(args.student) == 3]
+    assert [args.task for args in ladders] == ["presence", "progression"]
+    assert all([value.partition("=")[0] for value in args.student] == list(paper_tables.TABLE_5) for args in ladders)
+    assert [(args.teachers, args.output_dir) for args in trained] == [("gpt-5", "runs/spd1"), (None, "runs/spd")]
+    made = {args.output for args in asked if args.command != "tables" and args.output}
+    assert all({*args.results} - {"..."} <= made for args in asked if args.command == "tables")
 
 
 @pytest.mark.skipif(not PAPER_TXT, reason="PAPER_TXT is not set to the paper's text")

@@ -570,7 +570,9 @@ for what, flags, says in (
         ("progression without its file", "--task progression", "--task progression: expected --ms_cxr_t"),
         ("presence without labels", "--task presence --ms_cxr_t x", "--task presence: expected --ms_cxr_t and --chexpert_csv"),
         ("a prompt that names the labels", "--task progression --ms_cxr_t x --prompt teacher",
-         "--prompt teacher names the labels, expected only with --studies")):
+         "--prompt teacher names the labels, expected only with --studies"),
+        ("a split of MS-CXR-T", "--task progression --ms_cxr_t x --split train",
+         "--task progression: MS-CXR-T has no splits and its own findings, expected --split and --task_file only with --studies")):
     CASES[f"evaluate.py: {what}"] = Case(f"evaluate.py classify --student x {flags}", says, status=2)
 
 # ---------------------------------------------------------------------------------------------------------- data.py check

@@ -208,6 +208,27 @@ def test_the_command_measures_the_scale_model_beside_table_2(world, studies, tas
     assert any(line.split() == ["paper", "0.76", "0.28", "0.53", "0.82", "0.57"] for line in out)
 
 
+def test_table_2s_mean_stands_below_that_of_its_five_findings_and_the_mean_of_all_apart():
+    truth = dict.fromkeys(data.CHEST.findings[:13], 0)
+    said = lambda *wrong: ". ".join(f"No {f.lower()}" for f in teachers.FIVE if f not in wrong)
+    studies = chest((None, truth, {"gpt-5": said("Edema"), "grok-4": said("Edema", "Pneumonia")}))
+
+    def printed():
+        """The table, and what stands below 'mean 5' and 'mean all' in the line of gpt-5 and in the paper's below it."""
+        text = teachers.table(teachers.measure(studies, data.CHEST, "labels", samples=2), data.CHEST)
+        lines = text.splitlines()
+        head, ours, paper = lines[(at := next(i for i, line in enumerate(lines) if line.startswith("accuracy"))):at + 3]
+        end = head.index("mean 5") + len("mean 5")
+        return text, head[end - 6:], *((line[end - 6:end].strip(), line[end:].strip()) for line in (ours, paper))
+
+    text, head, ours, paper = printed()
+    assert head == "mean 5 mean all" and ours == ("0.800", f"{4 / 13:.3f}") and paper == ("0.75", "") and "no mean 5" not in text
+    del truth["Pneumothorax"]
+    text, head, ours, paper = printed()
+    assert ours == ("-", f"{3 / 12:.3f}") and paper == ("0.75", "")
+    assert "no mean 5 where one of the paper's five findings has no figure: Pneumothorax" in text
+
+
 def test_teachers_of_table_2_that_are_not_there_are_not_run(world, capsys, monkeypatch):
     flags = ["--studies", world / "studies.jsonl", "--task_file", world / "task.json", "--samples", 20]
     assert command(capsys, monkeypatch, *flags, "--teachers", "gpt-5,moonshot").count("not run") == 5
