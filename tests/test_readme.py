@@ -10,6 +10,13 @@ import torch
 from conftest import ROOT
 
 import apo
+import check
+import evaluate
+import selfdistill
+import spd
+
+sys.path.insert(0, str(ROOT / "tools"))
+import prepare_mimic  # noqa: E402
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {"README.md": README, **{f"docs/{page.name}": page.read_text(encoding="utf-8") for page in (ROOT / "docs").glob("*.md")},
@@ -153,3 +160,26 @@ def test_every_key_of_the_log_is_explained():
         keys = {name + "NAME" if name.endswith("/") else name for name in names if name not in ("chosen",)}
         assert keys <= explained, f"{script}: {sorted(keys - explained)}"
     assert {"learning_rate", "grad_norm", "seconds", "tokens_per_second", "mfu", "hfu", "peak_gib"} <= explained
+
+
+def test_the_way_to_the_papers_tables_is_commands_that_carry_on():
+    """A shell expands docs/reproduce.md and prints each command's words; the real parsers take them, and what one reads another wrote."""
+    page = PAGES["docs/reproduce.md"].split("## Under SLURM")[0]
+    lines = "\n".join(line for line in page.splitlines() if line.startswith("    "))
+    prints = "for name in python torchrun; do eval \"$name() { printf '%s\\x1f' \\\"\\$@\\\"; echo; }\"; done\n"
+    done = subprocess.run(["bash", "-euc", prints + lines], capture_output=True, text=True, check=True)
+    parsers = {"tools/prepare_mimic.py": prepare_mimic, "data.py": check, "spd.py": spd, "selfdistill.py": selfdistill, "apo.py": apo,
+               "evaluate.py": evaluate}
+    asked = []
+    for words in (line.split("\x1f")[:-1] for line in done.stdout.splitlines()):
+        (at,) = (i for i, word in enumerate(words) if word in parsers)
+        asked.append((words[at], parsers[words[at]].parse(words[at + 1:])))
+    assert {name for name, _ in asked} == set(parsers) and len(asked) >= 14
+    made = {"qwen7b", "with_teachers.jsonl", "studies.jsonl"}  # the hub's, the teachers', prepare_mimic's
+    for name, args in asked:
+        inputs = [getattr(args, key, None) for key in ("studies", "positives")] + (getattr(args, "results", None) or [])
+        student = getattr(args, "student", None)
+        inputs += [value.rpartition("=")[2] for value in (student if isinstance(student, list) else [student]) if value]
+        assert {value for value in inputs if value} <= made, f"{name}: {inputs}"
+        out = getattr(args, "output_dir", None)
+        made |= {f"{out}/student", f"{out}/positives.jsonl"} if out else {getattr(args, "output", None), getattr(args, "out", None)}
