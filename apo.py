@@ -84,7 +84,8 @@ PRESETS = {
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_training_arguments(parser)
     g = parser.add_argument_group("this stage")
     g.add_argument("--positives", help="positives.jsonl of stage 2")
@@ -264,7 +265,8 @@ def main():
 
             demo.prepare(args, "apo")
             run(args)
-            demo.report(args)
+            if not args.dry_run:
+                demo.report(args)
         else:
             run(args)
 

@@ -96,8 +96,8 @@ def write_text(path, text):
         temporary.write_text(text, encoding="utf-8")
 
 
-NOT_SETTINGS = ("output_dir", "resume", "resume_anyway", "logging_steps", "save_steps", "save_total_limit", "num_workers", "dry_run", "server",
-                "server_key_env", "server_concurrency", "i_have_permission")  # a server may move; which model it serves is a setting
+NOT_SETTINGS = ("output_dir", "resume", "resume_anyway", "merge", "logging_steps", "save_steps", "save_total_limit", "num_workers", "dry_run",
+                "server", "server_key_env", "server_concurrency", "i_have_permission")  # a server may move; which model it serves is a setting
 
 # all that a run writes into its folder, and what --resume never takes away; other files may lie there too
 OF_A_RUN = ("args.json", "env.json", "log.jsonl", "speed.jsonl", "too_long.jsonl", "finished.json", "positives.jsonl", "dropped.jsonl", "stats.json",
@@ -138,13 +138,14 @@ def open_run(args, inputs):
             before, now = read_json(folder / "args.json"), json.loads(json.dumps(settings))
             if finished(args):
                 before["world_size"] = now.get("world_size")  # it matters only while the run goes on
-            differ = [key for key in sorted({*before, *now}) if before.get(key) != now.get(key)]
+            moved = {"images", *inputs}  # where they lie; of the inputs the contents count, of the images nothing but the paths in the records
+            differ = [key for key in sorted({*before, *now} - moved) if before.get(key) != now.get(key)]
             listed = "".join(f"\n  {key}: {before.get(key)!r} there, {now.get(key)!r} here" for key in differ)
             sharded = ranks.world() > 1 and "decoder" in getattr(args, "train", "")  # a shard of the optimiser belongs to its rank
             safe = SAME_STEPS - {"world_size"} if sharded else SAME_STEPS
             if not differ:
                 return lock
-            begun = [*folder.glob("step-*"), *folder.glob("part-*"), *folder.glob("*.parts"), *folder.glob("reference*"), *folder.glob("finished*")]
+            begun = [*folder.glob("step-*"), *folder.glob("finished*"), *(part for part in folder.glob("part-*") if part.stat().st_size)]
             if begun and not (getattr(args, "resume_anyway", False) and safe.issuperset(differ)):
                 raise SystemExit(f"{folder}: was begun with other settings, choose another --output_dir"
                                  + (" or --resume_anyway" if safe.issuperset(differ) else "") + ":" + listed)
@@ -167,10 +168,12 @@ def report_long(args, long):
 
 
 def environment():
-    git = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False)
+    commit = ""
+    if shutil.which("git"):
+        commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False).stdout.strip()
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return {"python": platform.python_version(), "torch": torch.__version__, "transformers": transformers.__version__,
-            "commit": git.stdout.strip(), "command": sys.argv, "devices": gpus or [platform.processor() or "cpu"]}
+            "commit": commit, "command": sys.argv, "devices": gpus or [platform.processor() or "cpu"]}
 
 
 def save_checkpoint(folder, step, parameters, optimizer, extra, keep):
@@ -334,4 +337,7 @@ def result(args):
 
 
 def finished(args):
-    return (Path(args.output_dir) / "finished.json").exists()
+    """Whether all is there that the command asks for: after --no-merge, --merge still has student/ to write, from the last checkpoint."""
+    folder = Path(args.output_dir)
+    wanted = "student" if getattr(args, "merge", False) else "finished.json"
+    return (folder / "finished.json").exists() and (folder / wanted).exists()

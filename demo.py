@@ -29,6 +29,7 @@ from tqdm import tqdm
 from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
+import checkpoint
 import ranks
 from demo_world import PRIOR, SIZE, TASK, TEACHERS, WORLDS, draw_film, draw_nuisance, imagine, make, named, plurality, speak, write
 from records import require_folder
@@ -181,6 +182,9 @@ def prepare(args, stage):
     import selfdistill
     import spd
 
+    given = [f"--{name}" for name in ("student", "positives", "task_file") if getattr(args, name, None)]
+    if given:
+        raise ValueError(f"{given[0]} without --studies: expected the studies too; the scale model makes its own")
     root = Path(args.output_dir or "runs/demo")
     world, base = root / "world", root / "base"
     ranks.say(f"no --studies: the scale model, in {root}")
@@ -190,7 +194,8 @@ def prepare(args, stage):
             make(world, seed=args.seed)
         if not (base / "config.json").exists():
             train_base(root / "base.safetensors") if args.train_base else None
-            write_student(base, *((root / "base.safetensors", None) if args.train_base else ()))
+            with checkpoint.whole(base) as temporary:
+                write_student(temporary, *((root / "base.safetensors", None) if args.train_base else ()))
 
     ranks.on_rank_zero(make_inputs)
     inputs = {"studies": world / "studies.jsonl", "images": world, "task_file": world / "task.json", "seed": args.seed}

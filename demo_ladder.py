@@ -284,8 +284,10 @@ def work(job):
     with open(folder / "chain.log", "a", buffering=1) as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         try:
             chain_of(folder, world, seed, options)
-        except BaseException:
+        except BaseException as error:
             traceback.print_exc()  # the command itself ends with one line
+            if isinstance(error, SystemExit):  # a pool of processes would wait for its answer for ever
+                raise ValueError(str(error)) from None
             raise
     return world, seed, time.process_time() - start
 

@@ -16,6 +16,13 @@ def at_least_one(text):
     return int(text)
 
 
+def at_least_zero(text):
+    """argparse's type of a count that may be 0."""
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number, 0 or more")
+    return int(text)
+
+
 def above_zero(text):
     """argparse's type of a number > 0."""
     try:
@@ -39,7 +46,7 @@ def add_data_arguments(parser):
     g.add_argument("--teachers", help="NAME,...: only these teachers (default: all)")
     g.add_argument("--refusals", choices=("keep", "drop"), default="drop", help="trajectories that decline to answer (default: %(default)s)")
     g.add_argument("--max_pixels", type=at_least_one, default=1024 * 28 * 28, help="pixels per image, 784 make a token (default: %(default)s)")
-    g.add_argument("--num_workers", type=int, default=4 if torch.cuda.is_available() else 0,
+    g.add_argument("--num_workers", type=at_least_zero, default=4 if torch.cuda.is_available() else 0,
                    help="processes per rank that load images (default: 4 on a GPU, else 0)")
     g.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
                    help="weights in bf16, updates in fp32 (default: on a GPU)")
@@ -58,20 +65,22 @@ def add_training_arguments(parser):
     g.add_argument("--num_epochs", type=at_least_one, default=1, help="passes over the studies (default: %(default)s)")
     g.add_argument("--max_steps", type=at_least_one, help="optimiser steps at most (default: all)")
     g.add_argument("--global_batch", type=at_least_one, default=4, help="studies per optimiser step over all ranks (default: %(default)s)")
-    g.add_argument("--micro_batch", type=int, default=1, help="studies per forward on a rank; 0: the rank's whole share (default: %(default)s)")
+    g.add_argument("--micro_batch", type=at_least_zero, default=1,
+                   help="studies per forward on a rank; 0: the rank's whole share (default: %(default)s)")
     g.add_argument("--learning_rate", type=above_zero, default=1e-4, help="peak (default: %(default)s)")
     g.add_argument("--min_learning_rate", type=float, default=1e-7, help="at the end of the cosine (default: %(default)s)")
-    g.add_argument("--warmup_steps", type=int, default=0, help="linear warm-up (default: %(default)s)")
+    g.add_argument("--warmup_steps", type=at_least_zero, default=0, help="linear warm-up (default: %(default)s)")
     g.add_argument("--adam_beta1", type=float, default=0.9, help="default: %(default)s")
     g.add_argument("--adam_beta2", type=float, default=0.98, help="default: %(default)s")
     g.add_argument("--weight_decay", type=float, default=0.05, help="decoupled (default: %(default)s)")
-    g.add_argument("--max_grad_norm", type=float, default=1.0, help="clip to this global norm (default: %(default)s)")
+    g.add_argument("--max_grad_norm", type=float, default=1.0, help="clip to this global norm, 0: never (default: %(default)s)")
     g.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute layers in the backward pass")
     g.add_argument("--prompt", choices=("student", "teacher"), default="student", help="teacher: Appendix B's, which names the diagnosis")
     g.add_argument("--max_tokens", type=at_least_one, default=8192, help="tokens of a study: image, prompt and responses (default: %(default)s)")
     g.add_argument("--truncate", action="store_true", help="cut the longest responses of a study beyond --max_tokens; else it is left out")
     g = parser.add_argument_group("run")
-    g.add_argument("--dry_run", action="store_true", help="print the plan and the memory budget, run one step, write nothing")
+    g.add_argument("--dry_run", action="store_true",
+                   help="print the plan and the memory budget, run one step, write nothing (the scale model makes what it lacks)")
     g.add_argument("--logging_steps", type=at_least_one, default=10, help="steps per line of log.jsonl (default: %(default)s)")
     g.add_argument("--save_steps", type=at_least_one, default=500, help="steps per checkpoint (default: %(default)s)")
     g.add_argument("--save_total_limit", type=at_least_one, default=2, help="checkpoints kept (default: %(default)s)")
@@ -100,6 +109,8 @@ def require(args, **how):
     code does not fit. how: {flag: the command that makes the input}."""
     for name, hint in {"studies": "one JSON object a line, see data.py", **how, "output_dir": "name the run's folder"}.items():
         value = getattr(args, name)
+        if name == "output_dir" and getattr(args, "dry_run", False):
+            continue
         hub_id = name == "student" and value and value.count("/") == 1
         if value is None or not (name == "output_dir" or hub_id or os.path.exists(value)):
             raise ValueError(f"--{name}{' ' + value if value else ''}: missing; {hint}")

@@ -58,9 +58,10 @@ def process_group(name):
             error = SystemExit(f"{name}: {f'rank {rank()}: ' if world() > 1 else ''}{what}")
         elif isinstance(error, SystemExit) and isinstance(error.code, str):
             error = SystemExit(f"{name}: {error.code}")
-        elif isinstance(error, RuntimeError) and (isinstance(error, dist.DistBackendError) or "gloo" in str(error)):
+        elif world() > 1 and isinstance(error, RuntimeError) and (isinstance(error, dist.DistBackendError) or "gloo" in str(error)):
             time.sleep(2)  # torchrun names the rank that it sees end first, and this is not the one
-            error = SystemExit(f"{name}: rank {rank()} stops, since another rank was lost; the same command goes on")
+            last = str(error).strip().splitlines()[-1][-200:]
+            error = SystemExit(f"{name}: rank {rank()} stops, since another rank was lost or cannot be reached ({last}); the same command goes on")
         if world() > 1 and not (isinstance(error, SystemExit) and not error.code):
             if not isinstance(error, SystemExit):
                 traceback.print_exc()

@@ -14,7 +14,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 import checkpoint
@@ -22,6 +22,7 @@ import data
 import ranks
 import results
 import student
+import training
 
 
 @torch.no_grad()
@@ -30,12 +31,20 @@ def cached_logps(packed, encode, batch_of, plan, key, args):
     micro-batches as in the first epoch, so that the first rewards are exactly 0. Made anew when `key` is not the file's."""
     file = Path(args.output_dir) / "reference.safetensors"
     if file.exists():
-        with safe_open(file, "pt") as cached:
-            if cached.metadata().get("key") == key:
-                return cached.get_tensor("logps")
-        ranks.say("critique: the cached reference belongs to other input, computing it again")
+        try:
+            with safe_open(file, "pt") as cached:
+                if cached.metadata().get("key") == key:
+                    return cached.get_tensor("logps")
+            ranks.say("critique: the cached reference belongs to other input, computing it again")
+        except SafetensorError as error:
+            ranks.say(f"warning: {file} is damaged ({error}), computing it again")
     packed.eval()
-    work = lambda indices, examples: packed(batch_of(examples))[0].tolist()
+
+    def work(indices, examples):
+        batch = batch_of(examples)
+        with training.on_studies([example["id"] for example in examples], batch):
+            return packed(batch)[0].tolist()
+
     parts = file.with_name("reference.parts")
     rows = results.spread(plan.order(0), encode, work, plan.micro_batch, parts / key[:16], args.num_workers, desc="reference")
     total = torch.tensor([rows[index] for index in range(plan.n)])  # fp32 survives JSON: a float is printed with all its digits

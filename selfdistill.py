@@ -59,7 +59,8 @@ PRESETS = {
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_data_arguments(parser)
     g = parser.add_argument_group("sampling")
     g.add_argument("--temperature", type=float, default=1.0, help="0 is greedy (default: %(default)s)")
@@ -94,7 +95,9 @@ def student_sampler(args, task, device):
     model = student.load(args.student, torch.bfloat16 if args.bf16 else torch.float32, device)
 
     def sample(examples, seeds):
-        out = student.sample(model, encoder, examples, seeds, args.temperature, args.top_p, args.max_new_tokens)
+        longest = max((example["prefix_ids"] for example in examples), key=len)
+        with training.on_studies([example["id"] for example in examples], {"longest prompt": longest}, "--batch_size or --max_new_tokens"):
+            out = student.sample(model, encoder, examples, seeds, args.temperature, args.top_p, args.max_new_tokens)
         return [(encoder.text(ids), len(ids), finish) for ids, finish in out]
 
     return lambda study: encoder(study, data.compare_prompt(study, task, args.seed)), sample

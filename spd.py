@@ -45,12 +45,14 @@ PRESETS = {
 
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(usage="%(prog)s [flags]", description=__doc__, allow_abbrev=False,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     flags.add_training_arguments(parser)
     g = parser.add_argument_group("this stage")
-    g.add_argument("--trajectories_per_study", type=int, default=0, help="drawn anew for each study and epoch; 0: all (default: %(default)s)")
+    g.add_argument("--trajectories_per_study", type=flags.at_least_zero, default=0,
+                   help="drawn anew for each study and epoch; 0: all (default: %(default)s)")
     g.add_argument("--replay", help="jsonl of studies with trajectories and t_plus: rows that keep alive the skill of Eq. 7 (scale model)")
-    g.add_argument("--replay_rows", type=int, default=3, help="replay rows per step (default: %(default)s)")
+    g.add_argument("--replay_rows", type=flags.at_least_one, default=3, help="replay rows per step (default: %(default)s)")
     g.add_argument("--replay_weight", type=float, default=0.5, help="of their loss (default: %(default)s)")
     return flags.parse(parser, PRESETS, argv)
 

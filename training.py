@@ -13,6 +13,8 @@ import os
 import random
 import signal
 import sys
+import threading
+import time
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -57,7 +59,7 @@ class Plan:
         self.n, self.seed, self.global_batch = n, args.seed, args.global_batch
         share, rest = divmod(args.global_batch, ranks.world())
         self.micro_batch = args.micro_batch or share
-        if rest or share % self.micro_batch:
+        if self.micro_batch < 1 or rest or share % self.micro_batch:
             raise ValueError(f"--global_batch {args.global_batch}: expected a multiple of {ranks.world()} ranks x --micro_batch {self.micro_batch}")
         if n < args.global_batch:
             raise ValueError(f"{n} studies: expected at least one --global_batch of {args.global_batch}")
@@ -101,11 +103,20 @@ class _Items:
 
 
 def _in_worker(_):
-    """A worker leaves SIGTERM to its main process, by a group of its own (torchrun signals groups): the main process must be able to end it
-    by SIGTERM, or an error there would wait for it for ever. And it ends when that is killed: until then it holds the run's lock and sockets."""
+    """A worker leaves SIGTERM to its main process, also where a scheduler signals every process: without its loader that could not finish
+    the step. Only its main process may end it by SIGTERM, or an error there would wait for it for ever. And it ends when that is killed:
+    until then it holds the run's lock and sockets."""
     os.setpgid(0, 0)
     if sys.platform == "linux":
+        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+        threading.Thread(target=_end_if_asked_by, args=(os.getppid(),), daemon=True).start()
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _end_if_asked_by(parent):
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
 
 
 def loader(encode, batches, num_workers=0):
@@ -122,8 +133,9 @@ def seed_step(seed, step, micro):
 def longest_step(studies, tokens, args):
     """What --dry_run trains on: one step of the longest studies. -> (studies, tokens, plan)"""
     longest = sorted(range(len(studies)), key=lambda index: tokens[index])[-args.global_batch:]
-    studies, tokens = [studies[index] for index in longest], [tokens[index] for index in longest]
-    return studies, tokens, Plan(len(studies), args)
+    studies, tokens, plan = [studies[index] for index in longest], [tokens[index] for index in longest], Plan(len(longest), args)
+    plan.steps = 1
+    return studies, tokens, plan
 
 
 def report_dry_run(bar, all_steps, device):
@@ -173,7 +185,7 @@ def warm_up(module, batch, ids):
 
 
 @contextlib.contextmanager
-def on_studies(ids, batch):
+def on_studies(ids, batch, smaller="--micro_batch, --max_tokens or --max_pixels, or --gradient_checkpointing,"):
     """Around the passes of a micro-batch: where memory is not enough, says on which studies and on what shapes, and this rank ends."""
     try:
         yield
@@ -181,8 +193,7 @@ def on_studies(ids, batch):
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
         shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items() if isinstance(value, torch.Tensor))
-        raise SystemExit(f"rank {ranks.rank()}: out of memory on studies {', '.join(ids)}; {shapes}; a smaller --micro_batch, --max_tokens or "
-                         "--max_pixels, or --gradient_checkpointing, takes less") from None
+        raise SystemExit(f"rank {ranks.rank()}: out of memory on studies {', '.join(ids)}; {shapes}; a smaller {smaller} takes less") from None
 
 
 PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16 of the SXM modules, per second
@@ -230,7 +241,7 @@ def report_non_finite(loss, ids):
 def update(parameters, optimizer, learning_rate, max_grad_norm):
     """Clips, steps, clears; returns the gradient norm before clipping. The reduced gradients are the same on every rank, so all of
     them raise FloatingPointError together, and before anything moved, if one is not finite."""
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm))
+    norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm or math.inf))
     if not math.isfinite(norm):
         raise FloatingPointError(f"gradient norm {norm}; nothing was updated. The studies are named above where the loss itself was not finite")
     for group in optimizer.param_groups:
@@ -241,15 +252,19 @@ def update(parameters, optimizer, learning_rate, max_grad_norm):
 
 
 class Stop:
-    """Set by SIGTERM: the loop finishes its step, saves and ends. A second SIGTERM kills, as does the first one after over()."""
+    """Set by SIGTERM: the loop finishes its step, saves and ends. A second SIGTERM kills, as does the first one after over(). One that
+    comes within three seconds is the same request: a scheduler signals every process, and torchrun sends it on."""
 
     def __init__(self):
-        self.asked = False
+        self.asked, self.since = False, None
         signal.signal(signal.SIGTERM, self._ask)
 
     def over(self):
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     def _ask(self, *_):
-        self.asked = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        if self.asked and time.monotonic() > self.since + 3:
+            self.over()
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif not self.asked:
+            self.asked, self.since = True, time.monotonic()

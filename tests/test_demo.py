@@ -1,5 +1,6 @@
 """The scale model: the same seed gives the same world, teachers are as good as Table 2, texts are read back exactly, the base loads."""
 
+import argparse
 import json
 from pathlib import Path
 
@@ -190,3 +191,10 @@ def test_the_base_is_trained_and_packed_in_one_command(tmp_path):
     model = student.load(tmp_path / "student")
     assert all(torch.isfinite(p).all() for p in model.parameters())
     assert sum(p.numel() for p in model.parameters()) == pytest.approx(0.66e6, rel=0.08)
+
+
+def test_an_input_of_ones_own_needs_studies(monkeypatch, tmp_path):
+    args = argparse.Namespace(student="mine", output_dir=str(tmp_path), seed=0)
+    with pytest.raises(ValueError, match="--student without --studies: expected the studies too"):
+        demo.prepare(args, "spd")
+    assert not list(tmp_path.iterdir())

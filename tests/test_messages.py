@@ -370,6 +370,8 @@ add("spd.py", READERS["spd.py"], {
     "a student without a tokenizer": ("--student broken", {"broken": broken_student, "broken/tokenizer.json": "{"},
                                       "--student broken: expected the tokenizer and image processor of a Qwen2.5-VL: ..."),
 })
+CASES["spd.py: --micro_batch -1"] = Case(f"{READERS['spd.py']} --micro_batch=-1",
+                                         "argument --micro_batch: '-1', expected a whole number, 0 or more", status=2)
 CASES["spd.py: --learning_rate 0"] = Case(f"{READERS['spd.py']} --learning_rate 0",
                                           "argument --learning_rate: '0', expected a number above 0", status=2)
 for flag in ("logging_steps", "save_steps", "lora_r", "max_tokens", "max_steps"):
@@ -1020,6 +1022,8 @@ ELSEWHERE = {
     ("checkpoint.py", "falling back"): "test_checkpoint.py::test_a_damaged_checkpoint_falls_back_to_the_one_before",
     ("checkpoint.py", "nothing keeps a second run out"): "test_checkpoint.py::test_a_disk_without_locks_is_warned_of",
     ("selfdistill.py", "more than a fifth"): "test_selfdistill.py::test_many_studies_without_a_positive_are_warned_of",
+    ("reference.py", "is damaged"): "test_reference.py::test_the_cache_is_used_for_the_same_key_and_made_anew_for_another",
+    ("demo.py", "without --studies"): "test_demo.py::test_an_input_of_ones_own_needs_studies",
     ("checkpoint.py", "could not be written"): "test_checkpoint.py::test_a_save_onto_a_full_disk_leaves_the_checkpoint_before",
     ("checkpoint.py", "of the step is"): "test_faults.py::test_a_loss_that_is_not_finite_stops_all_ranks_before_the_step",
     ("demo.py", "not the base student"): "test_demo.py::test_another_base_is_refused",

@@ -52,11 +52,15 @@ def test_the_cache_is_used_for_the_same_key_and_made_anew_for_another(model, bat
 
     packed = student.PackedStudent(model)
     (want,) = packed(batch)
-    first = reference.cached_logps(packed, int, batch_of, plan, "a", args)
+    example = lambda index: {"id": index}
+    first = reference.cached_logps(packed, example, batch_of, plan, "a", args)
     assert torch.equal(first[plan.order(0)], want.detach())
-    assert torch.equal(reference.cached_logps(packed, int, batch_of, plan, "a", args), first) and len(calls) == 1
-    reference.cached_logps(packed, int, batch_of, plan, "b", args)
+    assert torch.equal(reference.cached_logps(packed, example, batch_of, plan, "a", args), first) and len(calls) == 1
+    reference.cached_logps(packed, example, batch_of, plan, "b", args)
     assert len(calls) == 2 and "belongs to other input" in capsys.readouterr().out
+    (tmp_path / "reference.safetensors").write_bytes(b"cut")
+    assert torch.equal(reference.cached_logps(packed, example, batch_of, plan, "b", args), first)
+    assert len(calls) == 3 and "reference.safetensors is damaged" in capsys.readouterr().out
     assert [p.name for p in tmp_path.iterdir()] == ["reference.safetensors"]
 
 
@@ -72,12 +76,13 @@ def test_a_reference_pass_goes_on_where_it_was_stopped(model, batch, tmp_path):
 
     packed = student.PackedStudent(model)
     with pytest.raises(KeyboardInterrupt):
-        reference.cached_logps(packed, int, lambda examples: batch_of(examples, 2), plan, "a", args)
+        reference.cached_logps(packed, lambda index: {"id": index}, lambda examples: batch_of(examples, 2), plan, "a", args)
     assert len(calls) == 2 and not (tmp_path / "reference.safetensors").exists()
     (part,) = tmp_path.glob("reference.parts/*/part-0.jsonl")
     part.write_bytes(part.read_bytes()[:-5])  # the kill came in the middle of a line
-    logps = reference.cached_logps(packed, int, batch_of, plan, "a", args)
-    assert calls[2:] == [[*plan.order(0)[2:4]], [*plan.order(0)[4:]]]  # the torn micro-batch and the one never begun
+    logps = reference.cached_logps(packed, lambda index: {"id": index}, batch_of, plan, "a", args)
+    again = [[example["id"] for example in call] for call in calls[2:]]
+    assert again == [plan.order(0)[2:4], plan.order(0)[4:]]  # the torn micro-batch and the one never begun
     assert torch.equal(logps[plan.order(0)], packed(batch)[0].detach().repeat(3, 1))
 
 

@@ -60,7 +60,7 @@ def test_the_longest_micro_batch_is_the_one_with_the_longest_study():
     longest = min(index for batch in plan.micro_batches() for _, index in batch)
     assert longest in [index for _, index in plan.longest(tokens)]
     studies, tokens, step = training.longest_step(list("abcdefghijk"), tokens, settings())
-    assert set(studies) == set("abcd") and sorted(tokens) == [97, 98, 99, 100] and step.n == 4
+    assert set(studies) == set("abcd") and sorted(tokens) == [97, 98, 99, 100] and (step.n, step.steps) == (4, 1)
 
 
 def test_a_resumed_plan_is_the_tail_of_the_whole_plan():
@@ -146,3 +146,15 @@ def test_the_presets_of_the_three_stages_agree_and_help_shows_them(capsys):
         apo.parse(["--studies", "x", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
     assert "what trains: lora,merger,decoder,vision (default: merger)" in shown and "decline to answer (default: keep)" in shown
+
+
+def test_a_flag_cut_short_is_refused_since_the_preset_hangs_on_it():
+    for flags in (["--studie", "x"], ["--studies", "x", "--pre", "released"]):
+        with pytest.raises(SystemExit):
+            apo.parse(flags)
+
+
+def test_a_norm_of_0_clips_nothing():
+    weight = torch.nn.Parameter(torch.zeros(1))
+    weight.grad = torch.tensor([30.0])
+    assert training.update({"w": weight}, torch.optim.SGD([weight], lr=1.0), 1.0, 0.0) == 30.0 and weight.item() == -30.0
