@@ -80,6 +80,13 @@ def test_a_chain_that_fails_names_its_log(ladder, tmp_path):
     assert "load_task" in (tmp_path / "copy" / "nuisance-0" / "chain.log").read_text()
 
 
+def test_a_chain_that_is_refused_ends_the_command_too(ladder, tmp_path):
+    """A stage refuses by SystemExit, which a pool of processes does not hand back."""
+    shutil.copytree(ladder[0], tmp_path / "copy")
+    with pytest.raises(ValueError, match="was begun with other settings"):
+        demo_ladder.ladder(mini(tmp_path / "copy", max_steps=1))
+
+
 def test_beta_needs_a_ladder_and_draws_a_figure(ladder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="run first: python demo.py ladder"):
         demo_beta.beta(mini(tmp_path))

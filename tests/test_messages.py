@@ -1027,6 +1027,7 @@ ELSEWHERE = {
     ("checkpoint.py", "could not be written"): "test_checkpoint.py::test_a_save_onto_a_full_disk_leaves_the_checkpoint_before",
     ("checkpoint.py", "of the step is"): "test_faults.py::test_a_loss_that_is_not_finite_stops_all_ranks_before_the_step",
     ("demo.py", "not the base student"): "test_demo.py::test_another_base_is_refused",
+    ("demo_ladder.py", "ValueError(str(error))"): "test_ladder.py::test_a_chain_that_is_refused_ends_the_command_too",
     ("demo_ladder.py", "chain.log"): "test_ladder.py::test_a_chain_that_fails_names_its_log",
     ("endpoint.py", "_refusal("): "test_endpoint.py::test_every_fault_has_its_kind",
     ("endpoint.py", "cut or broken JSON"): "test_endpoint.py::test_every_fault_has_its_kind",
