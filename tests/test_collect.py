@@ -357,8 +357,8 @@ def test_a_signal_lets_the_requests_in_flight_end_and_the_same_command_goes_on(s
 
 def test_a_second_signal_ends_at_once(start, films, tmp_path):
     gate = threading.Event()
-    with serve(lambda *_: (gate.wait(30), (500, b""))[1]) as chat:
-        write_endpoints(tmp_path, {"a": (chat, {"timeout": 60})})
+    with serve(lambda *_: (gate.wait(180), (500, b""))[1]) as chat:
+        write_endpoints(tmp_path, {"a": (chat, {"timeout": 180})})
         process = launch(tmp_path, films)
         wait_for(lambda: chat.in_flight == 4)
         os.kill(process.pid, signal.SIGINT)
