@@ -4,6 +4,7 @@
     log.jsonl     one line per interval   speed.jsonl   the same for timings, which are never the same twice
     step-N/       checkpoint: what trains, the optimiser's shards, a manifest with sha256 sums
     student/      the finished student    adapter/      its LoRA weights in PEFT's format
+    finished.json, too_long.jsonl, and of stage 3 reference.safetensors with reference.parts/ while it is made
 
 Nothing is half-written: files get a temporary name, are flushed to disk and renamed. Nothing random is saved, since a run is a
 function of its settings and its step (training.py); everything is safetensors or JSON.
@@ -312,7 +313,7 @@ class Log:
 
 
 def finish(args, model, encoder, parameters, stage):
-    """Writes adapter/ (LoRA) and student/ (merged, as transformers loads it), each whole or not at all; student/ marks the end."""
+    """Writes adapter/ (LoRA) and student/ (merged, as transformers loads it), each whole or not at all; finished.json marks the end."""
     folder, lora = Path(args.output_dir), "lora" in args.train.split(",")
 
     def write():

@@ -46,14 +46,15 @@ def test_a_checkpoint_restores_weights_masters_and_moments_to_the_bit(tmp_path):
     assert torch.equal(optimiser.state[parameters["h"]]["master"], fresh.state[again["h"]]["master"])
 
 
+@pytest.mark.parametrize("name", ["trainable", "optimizer-0"])
 @pytest.mark.parametrize("damage", ["truncated", "flipped", "no manifest"])
-def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage, capsys):
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage, name, capsys):
     parameters, optimiser = trained()
     for step in (1, 2, 3):
         steps(parameters, optimiser, [step])
         checkpoint.save_checkpoint(tmp_path, step, parameters, optimiser, {"log": {}}, 2)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000003"]
-    file = tmp_path / "step-000003" / "trainable.safetensors"
+    file = tmp_path / "step-000003" / f"{name}.safetensors"
     content = bytearray(file.read_bytes())
     if damage == "no manifest":
         (tmp_path / "step-000003" / "manifest.json").unlink()
@@ -208,6 +209,26 @@ def test_shards_of_the_optimiser_do_not_go_to_another_number_of_ranks(tmp_path, 
     monkeypatch.setattr(ranks, "world", lambda: 4)
     with pytest.raises(SystemExit, match="choose another --output_dir:\n  world_size: 2 there, 4 here"):
         claim(tmp_path / "run", train="decoder,merger", resume_anyway=True)
+
+
+def test_a_finished_run_is_finished_for_any_number_of_ranks(begun, monkeypatch):
+    (begun / "finished.json").write_text("{}")
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    claim(begun)
+
+
+def test_after_no_merge_the_students_folder_can_still_be_asked_for(begun):
+    (begun / "finished.json").write_text("{}")
+    done = lambda merge: checkpoint.finished(argparse.Namespace(output_dir=begun, merge=merge))
+    assert done(False) and not done(True)
+    claim(begun, merge=True)
+    (begun / "student").mkdir()
+    assert done(True)
+
+
+def test_inputs_and_films_may_lie_elsewhere(begun):
+    claim(begun, images="/scratch/1")
+    claim(begun, images="/scratch/2", studies="studies")
 
 
 def test_what_changes_no_number_may_change(begun):
