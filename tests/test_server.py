@@ -149,6 +149,8 @@ def test_samples_of_a_server_and_of_the_student_are_not_mixed(flags, talker, tmp
     with serve(lambda chat, body, nth: (404, b"")) as chat, pytest.raises(endpoint.Failure):
         stage(flags, tmp_path, "--server", chat.url)
     gc.collect()
+    (part,) = tmp_path.glob("part-*.jsonl")
+    part.write_bytes(results.part_lines({"x": {"id": "x", "dropped": "empty"}}))  # as if one answer had come before
     with pytest.raises(SystemExit, match="sampled_by: 'server' there, 'student' here"):
         stage(flags, tmp_path, "--student", talker)
 
