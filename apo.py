@@ -124,7 +124,7 @@ def warnings_of(line, names, progress):
 
 def run(args):
     flags.require(args, student="stage 1 makes pi_st: spd.py --studies ... --output_dir runs/spd, in runs/spd/student",
-                     positives="stage 2 makes them: selfdistill.py --studies ... --student runs/spd/student --output_dir runs/positives")
+                  positives="stage 2 makes them: selfdistill.py --studies ... --student runs/spd/student --output_dir runs/positives")
     device = ranks.init()
     train = student.parse_train(args.train)
     if args.reference == "online":

@@ -230,7 +230,7 @@ IMAGE_BOMBS = {
     "BMP of 2 billion pixels": b"BM" + struct.pack("<IHHI", 70, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 50_000, 40_000, 1, 8, 0, 0, 0, 0, 0, 0),
     "TIFF of 4 billion pixels": b"II*\0\x08\0\0\0\x06\0" + b"".join(struct.pack("<HHII", *tag) for tag in (
         (256, 4, 1, 65000), (257, 4, 1, 65000), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8))) + b"\0\0\0\0",
-    "EPS, which Ghostscript would run": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n(%pipe%touch /tmp/owned) (w) file\n%%EOF\n",
+    "EPS, which Ghostscript would run": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n(%pipe%touch owned) (w) file\n%%EOF\n",
 }
 
 
