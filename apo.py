@@ -68,13 +68,15 @@ import math  # noqa: E402
 
 from tqdm import tqdm  # noqa: E402
 
-import checkpoint  # noqa: E402
 import data  # noqa: E402
-import flags  # noqa: E402
-import ranks  # noqa: E402
 import reference  # noqa: E402
 import student  # noqa: E402
 import training  # noqa: E402
+from runtime import (
+    checkpoint,  # noqa: E402
+    flags,  # noqa: E402
+    ranks,  # noqa: E402
+)
 
 PRESETS = {
     "paper": dict(train="merger", learning_rate=2e-5, beta=0.1, global_batch=4, refusals="keep"),
@@ -261,12 +263,12 @@ def main():
     args = parse()
     with ranks.process_group("critique"):
         if args.studies is None:
-            import demo  # the scale model makes what is missing: the one import that goes against the order
+            from scale_model import chain
 
-            demo.prepare(args, "apo")
+            chain.prepare(args, "apo")
             run(args)
             if not args.dry_run:
-                demo.report(args)
+                chain.report(args)
         else:
             run(args)
 

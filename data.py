@@ -25,7 +25,7 @@ from tqdm import tqdm
 
 from metrics.findings import is_refusal as is_chest_refusal
 from metrics.findings import read_findings
-from records import faults, is_name, read_json, read_jsonl
+from runtime.records import faults, is_name, read_json, read_jsonl
 
 MAX_IMAGE_PIXELS = 64_000_000  # a film has about 10 million; beyond this Pillow only warns, and a bomb is no film
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")  # no others: Pillow would hand some to outside programs
@@ -329,7 +329,7 @@ def smart_resize(height, width, factor, min_pixels, max_pixels):
     return smart_resize(height, width, factor, min_pixels, max_pixels)
 
 
-class Encoder:  # torch and transformers are imported in here: the rest of this file runs without them, and `data.py check` in little memory
+class Encoder:  # torch and transformers are imported in here: the rest of this file runs without them, and `tools/check.py` in little memory
     """Turns a study into tensors. Needs a student's folder or hub id for its tokenizer and image processor only; the prompt is
     built here, since AutoProcessor wants torchvision. max_pixels bounds an image (28 x 28 pixels make one token), max_tokens a study's
     packed row: what is longer loses the ends of its longest responses (training.fit says beforehand which studies that is)."""
@@ -417,8 +417,3 @@ def shares(lengths, budget):
         budget -= kept[i]
     return list(kept.values())
 
-
-if __name__ == "__main__":
-    import check  # it reads this very module, as `data`
-
-    check.main()

@@ -5,7 +5,7 @@
     python evaluate.py reports  --student ... --annotation annotation.json --images mimic-cxr-jpg/files                (Tables 3, 7)
     python evaluate.py zeroshot --student ... --open_i DIR --chestx_ray14 DIR --chexpert DIR --chestx_det10 DIR            (Table 4)
     python evaluate.py teachers --studies studies.jsonl                        how far they drift apart, teachers.py (Fig. 1a, Table 2)
-    python evaluate.py ablation runs/ladder/results.json                        the scale model's ladder, from demo.py ladder (Table 5)
+    python evaluate.py ablation runs/ladder/results.json                        the scale model's ladder, from python -m experiment ladder (Table 5)
     python evaluate.py tables results.json ...                                          every table of the paper with ours beside it
     torchrun --nproc_per_node=4 evaluate.py ...                                             shared over the ranks, the same numbers
 
@@ -24,20 +24,15 @@ from statistics import fmean
 
 import torch
 
-import benchmarks
 import data
-import flags
-import paper_tables
-import questions
-import ranks
-import results
 import student
-import teachers
+from evaluation import datasets, questions, results, tables, teachers
+from evaluation.tables import FIVE, TABLE_1, TABLE_5, TEXT_METRICS, ZERO_SHOT
 from metrics import scores
 from metrics.findings import finding_scores
 from metrics.meteor import Meteor
 from metrics.text import bleu, cider, clean_r2gen, rouge_l
-from paper_tables import FIVE, TABLE_1, TABLE_5, TEXT_METRICS, ZERO_SHOT
+from runtime import flags, ranks
 
 
 def answers(model, encoder, studies, task, temperature, seed=0, batch_size=50, max_new_tokens=1024, prompt="student", num_workers=0,
@@ -176,15 +171,15 @@ def named_students(given):
 def run_classify(args):
     folders, train = named_students(args.student), []
     if args.task:
-        bench = benchmarks.ms_cxr_t(args.ms_cxr_t, args.images, args.task, args.chexpert_csv, args.blank)
+        bench = datasets.ms_cxr_t(args.ms_cxr_t, args.images, args.task, args.chexpert_csv, args.blank)
     else:
         task = data.load_task(args.task_file)
         studies = [s for s in data.read_studies(args.studies, task, args.split) if s.labels]
         if not studies:
             raise ValueError(f"{args.studies}: no study of split {args.split!r} has labels, expected some to score against")
         train = [s for s in data.read_studies(args.studies, task) if s.split == "train"]
-        bench = benchmarks.Benchmark(args.studies, task, args.images, studies)
-    studies, task, missing = benchmarks.with_images(bench).studies, bench.task, bench.missing
+        bench = datasets.Benchmark(args.studies, task, args.images, studies)
+    studies, task, missing = datasets.with_images(bench).studies, bench.task, bench.missing
     before, settings, parts = results.begin(args, (args.studies, args.task_file, *folders.values()), [bench])
     if before:
         return results.end(args, before, known=True)
@@ -211,9 +206,9 @@ def run_classify(args):
     paper = TABLE_5 if args.studies else TABLE_1 | (TABLE_5 if set(folders) & set(TABLE_5) else {})
     share = {finding: {"n": count.total(), **{str(value): count[value] / count.total() for value in task.classes}}
              for finding, count in label_counts(studies, task).items()}
-    lines = [paper_tables.table(rows, task.findings, paper), *paper_tables.prevalence_lines(share)]
+    lines = [tables.table(rows, task.findings, paper), *tables.prevalence_lines(share)]
     for name in folders:
-        lines += paper_tables.student_lines(name, rows[name])
+        lines += tables.student_lines(name, rows[name])
     text = "\n".join([*lines, *bench.notes])
     return results.end(args, {"settings": settings, "rows": rows, "prevalence": share, "missing": missing, "table": text})
 
@@ -221,13 +216,13 @@ def run_classify(args):
 def run_reports(args):
     folders = named_students(args.student)
     if args.annotation:
-        bench = benchmarks.annotation(args.annotation, args.images, args.split)
+        bench = datasets.annotation(args.annotation, args.images, args.split)
     elif args.reports:
-        bench = benchmarks.mimic_reports(args.reports, args.images, args.split, args.section)
+        bench = datasets.mimic_reports(args.reports, args.images, args.split, args.section)
     else:
         studies = [study for study in data.read_studies(args.studies, data.CHEST, args.split) if study.report]
-        bench = benchmarks.Benchmark(args.studies, data.CHEST, args.images, studies)
-    studies, missing = benchmarks.with_images(bench).studies, bench.missing
+        bench = datasets.Benchmark(args.studies, data.CHEST, args.images, studies)
+    studies, missing = datasets.with_images(bench).studies, bench.missing
     if not studies:
         raise ValueError("; ".join([f"{bench.name}: no study has both a report and its image", *missing[:3]]))
     before, settings, parts = results.begin(args, folders.values(), [bench])
@@ -252,7 +247,7 @@ def run_reports(args):
             for name, texts in written.items()}
     how = (f"{len(studies)} reports; cleaning: {args.clean}, no cut at 99 words, no <unk>; findings: of the texts as written, "
            f"uncertain counts as {args.uncertain}")
-    lines = paper_tables.report_lines(rows, how)
+    lines = tables.report_lines(rows, how)
     return results.end(args, {"settings": settings, "rows": rows, "missing": missing, "table": "\n".join([*lines, *bench.notes])})
 
 
@@ -270,12 +265,12 @@ def score_reports(texts, references, clean, meteor, uncertain):
 
 def run_zeroshot(args):
     folders, benches, missing = named_students(args.student), [], []
-    for folder, read in ((args.open_i, benchmarks.open_i), (args.chestx_ray14, benchmarks.chestx_ray14),
-                         (args.chexpert, lambda folder: benchmarks.chexpert(folder, args.chexpert_labels)),
-                         (args.chestx_det10, benchmarks.chestx_det10)):
+    for folder, read in ((args.open_i, datasets.open_i), (args.chestx_ray14, datasets.chestx_ray14),
+                         (args.chexpert, lambda folder: datasets.chexpert(folder, args.chexpert_labels)),
+                         (args.chestx_det10, datasets.chestx_det10)):
         if folder:
             try:
-                benches.append(benchmarks.with_images(read(folder)))
+                benches.append(datasets.with_images(read(folder)))
             except FileNotFoundError as error:
                 missing.append(str(error))
     if not any(bench.studies for bench in benches):
@@ -296,10 +291,10 @@ def run_zeroshot(args):
             odds = {key: {finding: options["yes"] - options["no"] for finding, options in answer.items()} for key, answer in out.items()}
             if odds:
                 rows[name][bench.name] = aucs(bench, odds, args.views)
-                lines += paper_tables.auc_lines(f"{name}, {bench.name}", rows[name][bench.name])
+                lines += tables.auc_lines(f"{name}, {bench.name}", rows[name][bench.name])
     missing += [f"{bench.name}: {what}" for bench in benches for what in bench.missing]
     lines += [f"{bench.name}: {note}" for bench in benches for note in bench.notes]
-    lines.append(paper_tables.beside(4, {name: [row.get(dataset, {}).get("macro") for dataset in ZERO_SHOT] for name, row in rows.items()}))
+    lines.append(tables.beside(4, {name: [row.get(dataset, {}).get("macro") for dataset in ZERO_SHOT] for name, row in rows.items()}))
     return results.end(args, {"settings": settings, "rows": rows, "missing": missing, "table": "\n".join(lines)})
 
 
@@ -333,8 +328,8 @@ def aucs(bench, odds, views="max"):
 
 def run_tables(args):
     """Every table of the paper with what results files hold beside it."""
-    ours = paper_tables.collect(args.results)
-    ranks.say("\n\n".join(paper_tables.beside(number, rows) for number, rows in ours.items()))
+    ours = tables.collect(args.results)
+    ranks.say("\n\n".join(tables.beside(number, rows) for number, rows in ours.items()))
     if args.json:
         ranks.say(json.dumps({"tables": ours}))
     return ours
@@ -342,7 +337,7 @@ def run_tables(args):
 
 def run_ablation(args):
     """The scale model's ladder, with its claims, beside the paper's Table 5."""
-    results, text = paper_tables.read_ladder(args.results)
+    results, text = tables.read_ladder(args.results)
     ranks.say(text)
     if args.json:
         ranks.say(json.dumps(results))
@@ -408,12 +403,12 @@ def parse(argv=None):
     add_student_arguments(p, answers=False)
 
     p = commands.add_parser("tables", help="all tables of the paper beside ours", description=run_tables.__doc__)
-    p.add_argument("results", nargs="*", help="--output files of classify, reports and zeroshot, results.json of demo.py ladder")
+    p.add_argument("results", nargs="*", help="--output files of classify, reports and zeroshot, results.json of python -m experiment ladder")
     p.add_argument("--json", action="store_true", help="end with one line of JSON")
     teachers.add_arguments(commands.add_parser("teachers", help="how far the teachers drift apart: Fig. 1a, Table 2",
                                                description="The teachers' texts against labels or reports, and against each other."))
     p = commands.add_parser("ablation", help="the scale model's ladder beside Table 5", description=run_ablation.__doc__)
-    p.add_argument("results", help="results.json of demo.py ladder")
+    p.add_argument("results", help="results.json of python -m experiment ladder")
     p.add_argument("--json", action="store_true", help="end with one line of JSON")
     args = parser.parse_args(argv)
     if args.command == "classify":

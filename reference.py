@@ -17,12 +17,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-import checkpoint
 import data
-import ranks
-import results
 import student
 import training
+from evaluation import results
+from runtime import checkpoint, ranks
 
 
 @torch.no_grad()

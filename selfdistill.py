@@ -37,15 +37,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import checkpoint
 import data
-import endpoint
-import flags
-import ranks
-import results
 import student
 import training
-from records import shown
+from evaluation import results
+from runtime import checkpoint, endpoint, flags, ranks
+from runtime.records import shown
 
 # 'as reader 2 says' and 'the second reader' quote; 'description 2' does, 'description 2 cm' is a size
 QUOTES_A_READER = re.compile(r"\breaders\b|\breader #?\d|\b(?:the|one|each|another|first|second|third) reader\b"
@@ -248,9 +245,9 @@ def main():
     args = parse()
     with ranks.process_group("compare"):
         if args.studies is None:
-            import demo  # the scale model makes what is missing: the one import that goes against the order
+            from scale_model import chain
 
-            demo.prepare(args, "selfdistill")
+            chain.prepare(args, "selfdistill")
         try:
             run(args)
         except endpoint.Failure as failure:

@@ -27,12 +27,10 @@ import random
 import torch
 from tqdm import tqdm
 
-import checkpoint
 import data
-import flags
-import ranks
 import student
 import training
+from runtime import checkpoint, flags, ranks
 
 PRESETS = {
     "paper": dict(train="lora", lora_r=8, lora_alpha=32, lora_dropout=0.1, learning_rate=1e-4, warmup_steps=20, global_batch=4,
@@ -180,9 +178,9 @@ def main():
     args = parse()
     with ranks.process_group("learn"):
         if args.studies is None:
-            import demo  # the scale model makes what is missing: the one import that goes against the order
+            from scale_model import chain
 
-            demo.prepare(args, "spd")
+            chain.prepare(args, "spd")
         run(args)
 
 

@@ -29,7 +29,7 @@ from transformers.generation import LogitsProcessor
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from records import read_json
+from runtime.records import read_json
 
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")  # all linear layers of the decoder
 TRAINABLE = ("lora", "merger", "decoder", "vision")

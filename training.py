@@ -21,7 +21,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adamw import adamw
 from tqdm import tqdm
 
-import ranks
+from runtime import ranks
 
 # ------------------------------------------------------------------------------------------------------- plan of a run
 

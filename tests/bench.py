@@ -43,9 +43,9 @@ import transformers  # noqa: E402
 from transformers.integrations.sdpa_attention import sdpa_attention_forward  # noqa: E402
 
 import apo  # noqa: E402
-import questions  # noqa: E402
 import student  # noqa: E402
 import training  # noqa: E402
+from evaluation import questions  # noqa: E402
 
 TRAIN = {"full": ["decoder", "merger", "vision"], "lora": ["lora"], "merger": ["merger"]}
 FIELDS = ("time_vs_separate", "time_vs_trl", "memory_vs_separate", "mfu", "hfu", "peak_gib")

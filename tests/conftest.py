@@ -8,15 +8,17 @@ from pathlib import Path
 
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # every figure here is a CPU's
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+TESTS = ROOT / "tests"
+sys.path[:0] = map(str, [ROOT, ROOT / "tools", TESTS, *(TESTS / name for name in ("runtime", "evaluation", "tools", "experiment"))])
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
 import data  # noqa: E402
-import demo  # noqa: E402
 import student  # noqa: E402
+from scale_model import base as scale_base
+from scale_model import world as scale_world
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
@@ -34,7 +36,7 @@ def write_positives(file, studies):
 def world(tmp_path_factory):
     """A folder with 24 training films, 4 + 8 others, studies.jsonl, task.json, replay.jsonl."""
     folder = tmp_path_factory.mktemp("world")
-    demo.make(folder, seed=0, train=24, validate=4, test=8, replay=12)
+    scale_world.make(folder, seed=0, train=24, validate=4, test=8, replay=12)
     return folder
 
 
@@ -52,8 +54,8 @@ def studies(world, task):
 def base(tmp_path_factory, studies):
     """The folder of a random student."""
     folder = tmp_path_factory.mktemp("base")
-    model, tokenizer = demo.build_student(0, [text for study in studies for text in study.trajectories.values()])
-    demo.save_student(folder, model, tokenizer)
+    model, tokenizer = scale_base.build_student(0, [text for study in studies for text in study.trajectories.values()])
+    scale_base.save_student(folder, model, tokenizer)
     return folder
 
 
@@ -79,7 +81,7 @@ def talker(base, encoder, tmp_path_factory):
     model, folder = student.load(base), tmp_path_factory.mktemp("talker")
     with torch.no_grad():
         model.lm_head.weight[encoder.end] *= 8
-    demo.save_student(folder, model, encoder.tokenizer)
+    scale_base.save_student(folder, model, encoder.tokenizer)
     return folder
 
 
@@ -87,9 +89,10 @@ def talker(base, encoder, tmp_path_factory):
 def script():
     """script("spd.py", "--flag", ..., ranks=2) runs a script as a user would; returns the finished process, its output in .stdout."""
     def run(name, *flags, ranks=1, expect=0):
+        name = ["-m", name] if "." not in name else [str(ROOT / name)]
         start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
-        done = subprocess.run([*start, str(ROOT / name), *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1"}, timeout=600, check=False)
+        done = subprocess.run([*start, *name, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                              env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, timeout=600, check=False)
         assert done.returncode == expect, done.stdout[-6000:]
         return done
     return run

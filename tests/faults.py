@@ -39,9 +39,9 @@ sys.path.insert(0, str(ROOT))
 import safetensors.torch  # noqa: E402
 import torch  # noqa: E402
 
-import checkpoint  # noqa: E402
 import student  # noqa: E402
 import training  # noqa: E402
+from runtime import checkpoint  # noqa: E402
 
 # --------------------------------------------------------------------------------------------------------- the faults
 

@@ -10,9 +10,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import apo  # noqa: E402
 import data  # noqa: E402
-import ranks  # noqa: E402
 import student  # noqa: E402
 import training  # noqa: E402
+from runtime import ranks  # noqa: E402
 
 base, world, out, micro = sys.argv[1:]
 device = ranks.init()

@@ -27,7 +27,8 @@ from faults import Job
 from tqdm import tqdm
 
 import data
-import demo
+from scale_model import base as scale_base
+from scale_model import world as scale_world
 
 STEPS, SAVE = 12, 3
 CELLS = [(stage, train, ranks) for stage, train in (("apo.py", "lora"), ("apo.py", "merger"), ("apo.py", "decoder"), ("spd.py", "decoder"))
@@ -37,9 +38,9 @@ CELLS = [(stage, train, ranks) for stage, train in (("apo.py", "lora"), ("apo.py
 def make_inputs(folder):
     """A world of 24 training films, a random student, positives. -> flags(stage, train, output_dir)"""
     world = folder / "world"
-    demo.make(world, seed=0, train=24, validate=1, test=1, replay=12)
+    scale_world.make(world, seed=0, train=24, validate=1, test=1, replay=12)
     studies = data.read_studies(world / "studies.jsonl", data.load_task(world / "task.json"))
-    demo.save_student(folder / "base", *demo.build_student(0, [text for study in studies for text in study.trajectories.values()]))
+    scale_base.save_student(folder / "base", *scale_base.build_student(0, [text for study in studies for text in study.trajectories.values()]))
     write_positives(folder / "positives.jsonl", [study for study in studies if study.split == "train"])
 
     def flags(stage, train, out):

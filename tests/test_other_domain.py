@@ -3,18 +3,18 @@
 import json
 import random
 
+import check
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image, ImageDraw
 
 import apo
-import check
 import data
-import demo
 import evaluate
 import selfdistill
 import spd
+from scale_model import base as scale_base
 
 CLASSES = ("none", "few", "many")
 VOICES = {"botanist": {"none": "there are no {f}", "few": "there are few {f}", "many": "there are many {f}"},
@@ -57,7 +57,7 @@ def leaves(tmp_path_factory):
                         "split": "train" if i < 12 else "test"})
     (folder / "studies.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     texts = [text for record in records for text in record["trajectories"].values()]
-    demo.save_student(folder / "base", *demo.build_student(0, texts * 20, vocabulary=400, width=64))
+    scale_base.save_student(folder / "base", *scale_base.build_student(0, texts * 20, vocabulary=400, width=64))
     return folder
 
 
@@ -67,7 +67,7 @@ def test_the_four_stages_run_on_another_task(leaves, capsys):
     def run(stage, *flags):
         return stage.run(stage.parse([*map(str, [*flags, *inputs])]))
 
-    found = check.check(check.parse(["check", *map(str, [inputs[1], *inputs[2:], "--student", leaves / "base"])]))
+    found = check.check(check.parse([*map(str, [inputs[1], *inputs[2:], "--student", leaves / "base"])]))
     assert found["kinds"] == {"refusal": 1} and set(found["tokens"]) == set(VOICES)
 
     train = ["--refusals", "drop", "--no-gradient_checkpointing", "--micro_batch", 0, "--no-bf16", "--train", "decoder,merger", "--logging_steps", 1]

@@ -13,8 +13,9 @@ import torch
 
 import apo
 import data
-import demo
 import student
+from scale_model import base as scale_base
+from scale_model import world as scale_world
 
 REAL_CXR, PAPER_TXT = os.environ.get("REAL_CXR"), os.environ.get("PAPER_TXT")
 needs_films = pytest.mark.skipif(not REAL_CXR, reason="REAL_CXR is not set to a folder with selection.csv and films")
@@ -31,9 +32,9 @@ def chest_studies():
             positive = [f for f in row["findings_mimic14"].split("|") if f]
             truth = {finding: finding in positive for finding in asked}
             trajectories = {}
-            for teacher in demo.TEACHERS:
+            for teacher in scale_world.TEACHERS:
                 answers = {f.lower(): "present" if said ^ (rng.random() < 0.2) else "absent" for f, said in truth.items()}
-                trajectories[teacher] = demo.speak(teacher, answers, numpy_rng)
+                trajectories[teacher] = scale_world.speak(teacher, answers, numpy_rng)
             labels = {finding: int(here) for finding, here in truth.items()} if positive else {}  # unlabelled films are not scored
             yield {"id": Path(row["file"]).stem, "image": row["file"], "labels": labels, "trajectories": trajectories}
 
@@ -42,7 +43,7 @@ def chest_studies():
 def test_all_stages_run_on_real_films_and_give_the_same_twice(script, tmp_path):
     records = list(chest_studies())
     (tmp_path / "studies.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
-    demo.write_student(tmp_path / "base")
+    scale_base.write_student(tmp_path / "base")
     inputs = ["--studies", tmp_path / "studies.jsonl", "--images", REAL_CXR, *SMALL]
     assert any(not r["labels"] for r in records) and sum(bool(r["labels"]) for r in records) > 10
 

@@ -9,9 +9,9 @@ import torch
 from transformers import GenerationConfig
 
 import data
-import results
 import selfdistill
 import student
+from evaluation import results
 
 # --------------------------------------------------------------------------------------------------- what is no t+
 

@@ -10,10 +10,10 @@ from chat_server import completion, cuts_its_json, serve
 from PIL import Image
 
 import data
-import endpoint
-import results
 import selfdistill
 import student
+from evaluation import results
+from runtime import endpoint
 
 FILES = ("positives.jsonl", "dropped.jsonl", "stats.json", "finished.json")
 

@@ -8,10 +8,10 @@ import transformers
 
 import apo
 import data
-import demo
 import selfdistill
 import spd
 import student
+from scale_model import base as scale_base
 
 # hidden, layers, heads, kv heads, intermediate; the tower's intermediate; tied: the published config.json of each size
 PUBLISHED = {"3B": (2048, 36, 16, 2, 11008, 3420, True), "7B": (3584, 28, 28, 4, 18944, 3420, False),
@@ -43,11 +43,11 @@ def test_every_part_is_found_in_every_published_size(size):
 @pytest.mark.parametrize("sizes", [dict(layers=1, width=32, heads=2, kv_heads=1), dict(layers=4, width=64, heads=8, kv_heads=8, vision_layers=3)])
 @pytest.mark.parametrize("tied", [True, False])
 def test_another_size_trains_and_comes_back_from_its_folder(tmp_path, studies, task, world, sizes, tied):
-    model, tokenizer = demo.build_student(1, [text for s in studies for text in s.trajectories.values()], **sizes)
+    model, tokenizer = scale_base.build_student(1, [text for s in studies for text in s.trajectories.values()], **sizes)
     if not tied:
         model.config.tie_word_embeddings = model.config.text_config.tie_word_embeddings = False
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone() * 0.9)
-    demo.save_student(tmp_path / "base", model, tokenizer)
+    scale_base.save_student(tmp_path / "base", model, tokenizer)
     model, encoder = student.load(tmp_path / "base"), data.Encoder(tmp_path / "base", task, world)
     assert (model.lm_head.weight is model.model.language_model.embed_tokens.weight) == tied
     logps = lambda model: student.PackedStudent(model)(student.pack([encoder(studies[0], "list", ["edema mild", "edema severe"])], model))[0]

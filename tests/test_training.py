@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import apo
-import ranks
 import selfdistill
 import spd
 import training
+from runtime import ranks
 
 
 def test_the_schedule_warms_up_linearly_and_falls_as_a_cosine():

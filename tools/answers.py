@@ -15,13 +15,15 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/ surrounds the paper's scripts and is no package of its own
 
-import checkpoint  # noqa: E402
 import data  # noqa: E402
 import evaluate  # noqa: E402
-import flags  # noqa: E402
-import ranks  # noqa: E402
 import student  # noqa: E402
-from records import require_folder  # noqa: E402
+from runtime import (
+    checkpoint,  # noqa: E402
+    flags,  # noqa: E402
+    ranks,  # noqa: E402
+)
+from runtime.records import require_folder  # noqa: E402
 
 
 def parse(argv=None):

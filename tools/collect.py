@@ -36,8 +36,8 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
-import endpoint as endpoints  # noqa: E402
-from records import line_of, writing  # noqa: E402
+from runtime import endpoint as endpoints  # noqa: E402
+from runtime.records import line_of, writing  # noqa: E402
 
 IN_A_ROW = 10  # so many failed requests, and a teacher is not asked any more
 

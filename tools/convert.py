@@ -36,9 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from tqdm import tqdm  # noqa: E402
 
-import benchmarks  # noqa: E402
 import data  # noqa: E402
-from records import faults, line_of, read_json, read_jsonl, writing  # noqa: E402
+from evaluation import datasets  # noqa: E402
+from runtime.records import faults, line_of, read_json, read_jsonl, writing  # noqa: E402
 
 FIELDS = ("id", "image", "split", "report")
 
@@ -46,7 +46,7 @@ FIELDS = ("id", "image", "split", "report")
 def objects(path):
     """Yields (place, object) of a .jsonl, .json or .csv; the place is 'file:line', or 'file[index]' in a .json."""
     if path.endswith(".csv"):
-        lines = benchmarks.table(path)
+        lines = datasets.table(path)
         head = next(lines, (1, []))[1]
         if len(set(head)) < len(head):
             raise ValueError(f"{path}:1: expected each column once, found {', '.join(map(repr, head))}")

@@ -62,13 +62,15 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/ surrounds the paper's scripts and is no package of its own
 
-import checkpoint  # noqa: E402
 import data  # noqa: E402
-import ranks  # noqa: E402
 import reference  # noqa: E402
 import student  # noqa: E402
-import teachers  # noqa: E402
-from records import require_folder  # noqa: E402
+from evaluation import teachers  # noqa: E402
+from runtime import (
+    checkpoint,  # noqa: E402
+    ranks,  # noqa: E402
+)
+from runtime.records import require_folder  # noqa: E402
 
 CHUNK = 25  # permutations whose sums are taken in one matrix product
 

@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tqdm import tqdm  # noqa: E402
 
 import data  # noqa: E402
-from benchmarks import chexpert_labels, find, mimic_image, number, read_text, report_sections, rows  # noqa: E402
-from records import line_of, writing  # noqa: E402
+from evaluation.datasets import chexpert_labels, find, mimic_image, number, read_text, report_sections, rows  # noqa: E402
+from runtime.records import line_of, writing  # noqa: E402
 
 SPLITS = ("train", "validate", "test")
 VIEWS = ("PA", "AP")  # in the order of preference

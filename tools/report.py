@@ -3,7 +3,7 @@
     python tools/report.py results.json --out report.html                 what evaluate.py classify --output wrote; the rest is optional:
         --teachers teachers.json       of evaluate.py teachers --output   findings in their texts, agreement between them
         --drift drift.json             of tools/drift.py --output         the teachers along the stream of studies
-        --ladder ladder/results.json   of demo.py ladder                  the ablations, mean and spread over seeds
+        --ladder ladder/results.json   of python -m experiment ladder                  the ablations, mean and spread over seeds
         --log NAME=RUN/log.jsonl       of spd.py, apo.py                  training curves; may be given several times
         --studies studies.jsonl --images DIR --positives positives.jsonl --answers NAME=answers.jsonl
                                                                           gallery: film, truth, each teacher, t+, the students
@@ -29,8 +29,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/ surrou
 
 from charts import Markup, bars, join, lines, matrix, number, panels, scroll, show, table, tag  # noqa: E402
 
-from paper_tables import FIVE, TABLE_2, TABLE_5  # noqa: E402
-from records import writing  # noqa: E402
+from evaluation.tables import FIVE, TABLE_2, TABLE_5  # noqa: E402
+from runtime.records import writing  # noqa: E402
 
 FINAL = "SPD, all teachers + APO"  # Table 2's 'Ours'
 SHORT = dict(zip(FIVE, ("Con.", "PE", "Pna.", "Pnx.", "Ede.")))
@@ -39,12 +39,12 @@ WHAT = {
     "results": '{"settings": {...}, "rows": {name: {"accuracy": {finding: x}, ...}}} as evaluate.py classify --output writes',
     "teachers": '{"teachers": {name: {"precision", ...}}, "kappa": {"names", "matrix"}} as evaluate.py teachers --output writes',
     "drift": '{"windows": [N, ...], "teachers": {name: {"statistic": [x, ...], ...}}} as tools/drift.py --output writes',
-    "ladder": '{"cells": [{"world": "...", "seed": N, "row": "...", ...}]} as demo.py ladder writes',
+    "ladder": '{"cells": [{"world": "...", "seed": N, "row": "...", ...}]} as python -m experiment ladder writes',
 }
 REMEDY = {
     "teachers": "no --teachers; evaluate.py teachers --output teachers.json writes it.",
     "drift": "no --drift; tools/drift.py --output drift.json writes it.",
-    "ladder": "no --ladder; demo.py ladder writes its results.json.",
+    "ladder": "no --ladder; python -m experiment ladder writes its results.json.",
     "log": "no --log NAME=RUN/log.jsonl; spd.py and apo.py write it.",
     "studies": "no --studies, with --images, --positives and --answers.",
     "positives": "no --positives; selfdistill.py --split {split} writes t+ of these studies.",
@@ -351,7 +351,7 @@ def parse(argv=None):
     parser.add_argument("--title", default="APO: what was measured", help="heading of the page (default: %(default)s)")
     parser.add_argument("--teachers", help="teachers.json of evaluate.py teachers --output")
     parser.add_argument("--drift", help="drift.json of tools/drift.py --output")
-    parser.add_argument("--ladder", help="results.json of demo.py ladder")
+    parser.add_argument("--ladder", help="results.json of python -m experiment ladder")
     parser.add_argument("--log", action="append", help="NAME=RUN/log.jsonl of spd.py or apo.py; may be given several times")
     g = parser.add_argument_group("gallery")
     g.add_argument("--studies", help="studies.jsonl; without it there is no gallery")

@@ -1,0 +1,1 @@
+"""Machinery that a reader of the paper may skip."""

@@ -1,0 +1,1 @@
+"""The scale model of the paper: what runs when no data is named, on any CPU."""

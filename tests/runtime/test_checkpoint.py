@@ -1,0 +1,279 @@
+"""The run folder: what it refuses, what a save keeps, what a damaged or full disk leaves."""
+
+import argparse
+import errno
+import json
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import ROOT
+
+import training
+from runtime import checkpoint, ranks
+
+
+def trained(seed=0):
+    torch.manual_seed(seed)
+    parameters = {"w": torch.nn.Parameter(torch.randn(3, 2)), "h": torch.nn.Parameter(torch.randn(4).bfloat16())}
+    optimiser = training.MasterAdamW(parameters.values(), lr=0.1)
+    return parameters, optimiser
+
+
+def steps(parameters, optimiser, seeds):
+    for seed in seeds:
+        generator = torch.Generator().manual_seed(seed)
+        for p in parameters.values():
+            p.grad = torch.randn(p.shape, generator=generator).to(p.dtype)
+        optimiser.step()
+
+
+def test_a_checkpoint_restores_weights_masters_and_moments_to_the_bit(tmp_path):
+    parameters, optimiser = trained()
+    steps(parameters, optimiser, [1, 2])
+    checkpoint.save_checkpoint(tmp_path, 2, parameters, optimiser, {"log": {}}, 2)
+    steps(parameters, optimiser, [3, 4])
+    again, fresh = trained(seed=9)
+    path, manifest = checkpoint.newest_checkpoint(tmp_path)
+    checkpoint.load_checkpoint(path, again, fresh)
+    steps(again, fresh, [3, 4])
+    assert manifest["step"] == 2
+    for name, p in parameters.items():
+        assert torch.equal(p, again[name]) and torch.equal(optimiser.state[p]["exp_avg"], fresh.state[again[name]]["exp_avg"])
+    assert torch.equal(optimiser.state[parameters["h"]]["master"], fresh.state[again["h"]]["master"])
+
+
+@pytest.mark.parametrize("name", ["trainable", "optimizer-0"])
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "no manifest"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage, name, capsys):
+    parameters, optimiser = trained()
+    for step in (1, 2, 3):
+        steps(parameters, optimiser, [step])
+        checkpoint.save_checkpoint(tmp_path, step, parameters, optimiser, {"log": {}}, 2)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000003"]
+    file = tmp_path / "step-000003" / f"{name}.safetensors"
+    content = bytearray(file.read_bytes())
+    if damage == "no manifest":
+        (tmp_path / "step-000003" / "manifest.json").unlink()
+    else:
+        content[-1] ^= 1
+        file.write_bytes(bytes(content[:-5] if damage == "truncated" else content))
+    path, manifest = checkpoint.newest_checkpoint(tmp_path)
+    assert path.name == "step-000002" and manifest["step"] == 2
+    assert "falling back" in capsys.readouterr().out
+
+
+def test_a_checkpoint_of_other_parameters_is_refused(tmp_path):
+    parameters, optimiser = trained()
+    checkpoint.save_checkpoint(tmp_path, 1, parameters, optimiser, {"log": {}}, 2)
+    with pytest.raises(ValueError, match="other parameters"):
+        checkpoint.load_checkpoint(tmp_path / "step-000001", {"v": parameters["w"]}, optimiser)
+
+
+def test_the_log_is_cut_back_to_the_step_it_resumes_from(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 2}\n{"step": 4}\n{"step": 6}\n{"st')
+    checkpoint.Log(tmp_path, ["loss"], torch.device("cpu"), step=4)
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 2}\n{"step": 4}\n'
+
+
+def test_a_log_line_is_the_mean_over_its_interval(tmp_path):
+    log = checkpoint.Log(tmp_path, ["loss", "reward", "never"], torch.device("cpu"))
+    log.add("loss", 6.0, 3)
+    log.reduce()
+    log.add("loss", 2.0, 1)
+    log.add("reward", 5.0)
+    log.reduce()
+    assert log.write(2, learning_rate=0.1) == {"step": 2, "loss": 2.0, "reward": 5.0, "learning_rate": 0.1}
+    assert json.loads((tmp_path / "log.jsonl").read_text()) == {"step": 2, "loss": 2.0, "reward": 5.0, "learning_rate": 0.1}
+
+
+
+def test_the_newest_checkpoints_stay_and_one_that_was_found_damaged_goes(tmp_path):
+    parameters, optimiser = trained()
+    kept = lambda: [int(path.name[5:]) for path in sorted(tmp_path.glob("step-*"))]
+    for step in range(1, 6):
+        checkpoint.save_checkpoint(tmp_path, step, parameters, optimiser, {"log": {}}, 3)
+    assert kept() == [3, 4, 5]
+    (tmp_path / "step-000005" / "trainable.safetensors").unlink()
+    assert checkpoint.newest_checkpoint(tmp_path)[1]["step"] == 4
+    checkpoint.save_checkpoint(tmp_path, 5, parameters, optimiser, {"log": {}}, 3)
+    assert kept() == [3, 4, 5] and checkpoint.newest_checkpoint(tmp_path)[1]["step"] == 5
+    (tmp_path / "step-000005" / "trainable.safetensors").unlink()
+    (tmp_path / "step-000004" / "manifest.json").write_text("{")
+    steps(parameters, optimiser, [1])
+    checkpoint.save_checkpoint(tmp_path, 4, parameters, optimiser, {"log": {}}, 3)  # the run went on from step 3
+    assert kept() == [3, 4] and checkpoint.newest_checkpoint(tmp_path)[1]["step"] == 4
+
+
+@pytest.fixture
+def small_disk():
+    """small_disk(bytes): files cannot grow beyond that, a full disk without one."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("size", [0, 100, 250])
+def test_a_save_onto_a_full_disk_leaves_the_checkpoint_before(tmp_path, small_disk, size):
+    parameters, optimiser = trained()
+    checkpoint.save_checkpoint(tmp_path, 1, parameters, optimiser, {"log": {}}, 1)
+    steps(parameters, optimiser, [1])
+    small_disk(size)
+    with pytest.raises(OSError, match="step-000002 could not be written: .*File too large"):
+        checkpoint.save_checkpoint(tmp_path, 2, parameters, optimiser, {"log": {}}, 1)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000001"]
+    assert checkpoint.newest_checkpoint(tmp_path)[1]["step"] == 1
+
+
+def test_a_file_on_a_full_disk_keeps_what_it_held(tmp_path, small_disk):
+    checkpoint.write_text(tmp_path / "results.json", "before")
+    small_disk(3)
+    with pytest.raises(OSError, match="results.json could not be written"):
+        checkpoint.write_text(tmp_path / "results.json", "afterwards")
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"] and (tmp_path / "results.json").read_text() == "before"
+
+
+@pytest.mark.parametrize("size, lost", [(20_000, "step-000002"), (1_000_000, "student")])
+def test_a_run_on_a_full_disk_ends_with_one_line_and_goes_on_when_there_is_room(run_flags, tmp_path, size, lost):
+    """A stage as a user starts it: first the checkpoint of step 2 finds no room, then the finished student."""
+    command = [sys.executable, ROOT / "spd.py", *run_flags, "--train", "lora", "--max_steps", 3, "--save_steps", 2, "--logging_steps", 1]
+
+    def run(folder, size=None):
+        limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))) if size else None
+        return subprocess.run(list(map(str, [*command, "--output_dir", tmp_path / folder])), capture_output=True, text=True, preexec_fn=limit,
+                              timeout=300, check=False)
+
+    full = run("full", size)
+    assert full.returncode == 1 and "Traceback" not in full.stderr
+    assert full.stderr.splitlines()[-1].startswith(f"learn: {tmp_path / 'full' / lost} could not be written: ")
+    assert not list((tmp_path / "full").glob(".tmp-*")) and not (tmp_path / "full" / "finished.json").exists()
+    assert run("full").returncode == 0 and run("whole").returncode == 0
+    for file in ("log.jsonl", "student/model.safetensors"):
+        assert (tmp_path / "full" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+
+
+# --- whose folder it is
+
+def claim(folder, studies="studies", **flags):
+    """open_run as a training stage calls it; the lock is let go again."""
+    inputs = folder.with_name("studies.jsonl")
+    inputs.write_text(studies)
+    args = argparse.Namespace(**{"output_dir": folder, "resume": "auto", "resume_anyway": False, "seed": 0, "global_batch": 4, "micro_batch": 1,
+                                 "train": "lora", "save_steps": 5, **flags})
+    checkpoint.open_run(args, {"studies": inputs}).close()
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """A run folder with a checkpoint in it."""
+    claim(tmp_path / "run")
+    checkpoint.save_checkpoint(tmp_path / "run", 1, *trained(), {"log": {}}, 1)
+    return tmp_path / "run"
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"studies": "others"}, "studies_sha256: "), ({"seed": 7}, "seed: 0 there, 7 here"), ({"global_batch": 8}, "global_batch: 4 there, 8 here"),
+    ({"seed": 7, "global_batch": 8, "resume_anyway": True}, "global_batch: 4 there, 8 here\n  seed: 0 there, 7 here"),
+    ({"micro_batch": 2}, "or --resume_anyway:\n  micro_batch: 1 there, 2 here")])
+def test_a_run_of_other_settings_is_refused_with_the_differences(begun, change, message):
+    before = contents(begun)
+    with pytest.raises(SystemExit) as refused:
+        claim(begun, **change)
+    assert str(refused.value).startswith(f"{begun}: was begun with other settings, choose another --output_dir") and message in str(refused.value)
+    assert contents(begun) == before
+
+
+def test_another_number_of_ranks_is_refused_unless_asked_for(begun, monkeypatch, capsys):
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    with pytest.raises(SystemExit, match="world_size: 1 there, 2 here"):
+        claim(begun)
+    with pytest.raises(SystemExit, match="world_size: 1 there, 2 here"):
+        claim(begun, resume_anyway=True, seed=1)
+    claim(begun, resume_anyway=True, micro_batch=2)
+    assert "goes on with other settings:\n  micro_batch: 1 there, 2 here\n  world_size: 1 there, 2 here" in capsys.readouterr().out
+    assert json.loads((begun / "args.json").read_text())["world_size"] == 2
+    claim(begun, micro_batch=2)  # that is its settings now
+
+
+def test_shards_of_the_optimiser_do_not_go_to_another_number_of_ranks(tmp_path, monkeypatch):
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    claim(tmp_path / "run", train="decoder,merger")
+    checkpoint.save_checkpoint(tmp_path / "run", 1, *trained(), {"log": {}}, 1)
+    monkeypatch.setattr(ranks, "world", lambda: 4)
+    with pytest.raises(SystemExit, match="choose another --output_dir:\n  world_size: 2 there, 4 here"):
+        claim(tmp_path / "run", train="decoder,merger", resume_anyway=True)
+
+
+def test_a_finished_run_is_finished_for_any_number_of_ranks(begun, monkeypatch):
+    (begun / "finished.json").write_text("{}")
+    monkeypatch.setattr(ranks, "world", lambda: 2)
+    claim(begun)
+
+
+def test_after_no_merge_the_students_folder_can_still_be_asked_for(begun):
+    (begun / "finished.json").write_text("{}")
+    done = lambda merge: checkpoint.finished(argparse.Namespace(output_dir=begun, merge=merge))
+    assert done(False) and not done(True)
+    claim(begun, merge=True)
+    (begun / "student").mkdir()
+    assert done(True)
+
+
+def test_inputs_and_films_may_lie_elsewhere(begun):
+    claim(begun, images="/scratch/1")
+    claim(begun, images="/scratch/2", studies="studies")
+
+
+def test_what_changes_no_number_may_change(begun):
+    claim(begun, save_steps=9, resume_anyway=True)
+    claim(begun, save_steps=2)
+
+
+def test_a_folder_in_which_nothing_was_made_is_begun_anew(tmp_path):
+    """A first call that ended on bad input must not stand in the way of the second."""
+    claim(tmp_path / "run", studies="faulty")
+    claim(tmp_path / "run", studies="mended", seed=1)
+    assert json.loads((tmp_path / "run" / "args.json").read_text())["seed"] == 1
+
+
+def test_resume_never_begins_anew_and_must_needs_a_checkpoint(begun, capsys):
+    parameters, optimiser = trained()
+    run = lambda how: checkpoint.resume(argparse.Namespace(output_dir=begun, resume=how), parameters, optimiser)
+    assert run("auto")[0] == run("must")[0] == 1
+    claim(begun, seed=3, resume="never")
+    assert not list(begun.glob("step-*")) and run("auto") == run("never") == (0, None)
+    with pytest.raises(SystemExit) as stop:
+        run("must")
+    assert stop.value.code == 2 and "--resume must, but there is no valid checkpoint" in capsys.readouterr().out
+
+
+def test_a_second_run_in_the_folder_names_the_lock(begun):
+    lock = checkpoint.open_run(argparse.Namespace(output_dir=begun.with_name("other"), resume="auto", train="lora"), {})
+    before = contents(begun.with_name("other"))
+    with pytest.raises(SystemExit, match=r"other: another run holds .*other/\.lock; wait for it or choose another --output_dir"):
+        checkpoint.open_run(argparse.Namespace(output_dir=begun.with_name("other"), resume="never", train="lora"), {})
+    assert contents(begun.with_name("other")) == before
+    lock.close()
+
+
+def test_a_disk_without_locks_is_warned_of(tmp_path, monkeypatch, capsys):
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(checkpoint.fcntl, "flock", no_locks)
+    claim(tmp_path / "run")
+    assert "No locks available; nothing keeps a second run out of this folder" in capsys.readouterr().out
+
+
+def test_what_a_kill_left_half_written_is_removed(begun):
+    (begun / ".tmp-step-000002").mkdir()
+    (begun / ".tmp-step-000002" / "trainable.safetensors").write_text("half")
+    (begun / ".tmp-log.jsonl").write_text("half")
+    claim(begun)
+    assert sorted(path.name for path in begun.iterdir()) == [".lock", "args.json", "env.json", "step-000001"]
