@@ -1,21 +1,23 @@
-"""Enter here: a study, the task, the prompts, and what the student sees of them.
+"""A study, the task, the prompts; records read and checked; what a teacher said; films.
 
 A study is one line of studies.jsonl (UTF-8, one JSON object a line):
 
-    {"id": "s50414267", "image": "files/p10/.../x.jpg", "labels": {"Edema": 1, "Pneumonia": 0, "Fracture": -1},
+    {"id": "s50414267", "image": "files/p10/.../x.jpg",
+     "labels": {"Edema": 1, "Pneumonia": 0, "Fracture": -1},
      "trajectories": {"gpt-5": "...", "grok-4": "..."}, "report": "...", "split": "train"}
 
-`image` (or a list of two, for progression) is relative to --images and may not leave it; `labels` maps a finding to its
-class; `report` and `split` are optional; unknown keys are kept. Which findings and classes there are is the task: the
-built-in one is MIMIC-CXR's 14 findings with 1 / 0 / -1, any other one is a task.json (`load_task` gives its format).
-Stage 2 adds positives.jsonl: {"id", "t_plus", "seed", "tokens", "finish"}.
+`image` (or a list of two, for progression) is relative to --images and may not lie outside it;
+`labels` maps a finding to its class; `report` and `split` are optional, and so is `prompt`, which
+is asked instead of the task's prompt; unknown keys are kept. The task says which findings and
+classes there are: the built-in one has MIMIC-CXR's 14 findings with 1 / 0 / -1, any other one is a
+task.json (`load_task` gives its format). Stage 2 adds positives.jsonl: {"id", "t_plus", "seed",
+"tokens", "finish"}.
 
 In the paper's letters: v = image, l = prompt, t^u = trajectories[u], T = all of them, t+ = t_plus.
 """
 
 import contextlib
 import random
-import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,45 +27,63 @@ from tqdm import tqdm
 
 from metrics.findings import is_refusal as is_chest_refusal
 from metrics.findings import read_findings
-from runtime.records import faults, is_name, read_json, read_jsonl
+from metrics.phrases import compile_phrases, read_phrases
+from runtime.records import is_name, read_json, read_jsonl
 
-MAX_IMAGE_PIXELS = 64_000_000  # a film has about 10 million; beyond this Pillow only warns, and a bomb is no film
-IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")  # no others: Pillow would hand some to outside programs
+# A film has about 10 million pixels. Pillow itself only warns of an image that has far too many.
+MAX_IMAGE_PIXELS = 64_000_000
+# Only these are opened: Pillow gives files of some other formats to outside programs.
+IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
 
 
-# ---------------------------------------------------------------------------------------------------------- the task
+# ------------------------------------------------------------------------------------- the task
 
 @dataclass(frozen=True)
 class Task:
-    """Findings, ordered classes, prompts. `patterns` None means that metrics/findings.py reads the texts."""
+    """What is asked about an image, and what can be answered.
+
+    name      a name for it
+    findings  the names of the findings, in order
+    classes   the classes that a finding can have, in order
+    positive  the classes that count as disease, for {diseases} in the teachers' prompt
+    prompts   {kind: text}: system, student, teacher with {diseases}, compare with {readers}; for
+              the evaluation also question with {finding}, and report
+    refusals  phrases by which a teacher declines to answer
+    phrases   what metrics.phrases compiled; None: metrics/findings.py reads the texts
+    """
     name: str
     findings: tuple
     classes: tuple
-    positive: tuple                # the classes that count as disease, for {diseases} in the teachers' prompt
-    prompts: dict                  # system, student, teacher ({diseases}), compare ({readers}); evaluation: question ({finding}), report
-    refusals: tuple = ()           # phrases by which a teacher declines
-    patterns: tuple = field(default=None, repr=False)  # (finding, class, compiled expression)
+    positive: tuple
+    prompts: dict
+    refusals: tuple = ()
+    phrases: tuple = field(default=None, repr=False)
 
 
 CHEST = Task(
     name="mimic-cxr-14",
-    findings=("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum", "Fracture", "Lung Lesion",
-              "Lung Opacity", "No Finding", "Pleural Effusion", "Pleural Other", "Pneumonia", "Pneumothorax", "Support Devices"),
+    findings=("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum",
+              "Fracture", "Lung Lesion", "Lung Opacity", "No Finding", "Pleural Effusion",
+              "Pleural Other", "Pneumonia", "Pneumothorax", "Support Devices"),
     classes=(1, 0, -1),
     positive=(1,),
     prompts={
         "system": "You are a helpful assistant.",
-        "student": "This is a patient's chest DR image. Which findings does the image show, and what is the basis for each of them?",
+        "student": "This is a patient's chest DR image. Which findings does the image show, and "
+                   "what is the basis for each of them?",
         # Appendix B. It names the diagnosis, so only teachers get it.
-        "teacher": "This is a patient's chest DR image. The patient has been diagnosed with {diseases}. "
-                   "Can you find the basis for the diagnosis in the image?",
+        "teacher": "This is a patient's chest DR image. The patient has been diagnosed with "
+                   "{diseases}. Can you find the basis for the diagnosis in the image?",
         # Eq. 7 conditions on v, l and all trajectories; the paper gives no wording.
-        "compare": "This is a patient's chest DR image. Several readers have described it, each on their own.\n\n{readers}\n\n"
-                   "Compare these descriptions with each other and with the image. Then describe the image yourself: keep what the "
-                   "readers agree on and the image shows, leave out the rest, and do not mention the readers.",
-        # evaluate.py only: the answer is yes or no; the reference is a report's findings section
+        "compare": "This is a patient's chest DR image. Several readers have described it, each on "
+                   "their own.\n\n{readers}\n\nCompare these descriptions with each other and with "
+                   "the image. Then describe the image yourself: keep what the readers agree on "
+                   "and the image shows, leave out the rest, and do not mention the readers.",
+        # Both are for evaluate.py only. The answer to the question is yes or no; the report is
+        # compared with the findings section of a radiologist's report.
         "question": "Does this chest X-ray show {finding}?",
-        "report": "This is a patient's chest DR image. Write the findings section of its radiology report.",
+        "report": "This is a patient's chest DR image. Write the findings section of its radiology "
+                  "report.",
     },
 )
 
@@ -71,20 +91,41 @@ CHEST = Task(
 def load_task(path=None):
     """The built-in chest task, or the one of a task.json:
 
-        {"name": "...", "findings": {"Pleural Effusion": ["effusion"], ...}, "positive": ["mild", "severe"],
+        {"name": "...",
+         "findings": {"Pleural Effusion": ["effusion"], ...},
          "classes": {"absent": ["{finding} * absent", ...], "mild": [...], "severe": [...]},
-         "prompts": {"system": "", "student": "...", "teacher": "... {diseases} ...", "compare": "... {readers} ..."},
+         "positive": ["mild", "severe"],
+         "prompts": {"system": "", "student": "...", "teacher": "... {diseases} ...",
+                     "compare": "... {readers} ..."},
          "refusals": ["i cannot", ...]}
 
-    findings: name -> the words that name it in a text; classes, in order: class -> phrases, in which {finding} stands for
-    any of the finding's words and * (at most three) for up to four words of the same clause that name no other finding. prompts may have
-    a "question" with {finding} and {options}, which evaluate.py asks. Raises ValueError naming the file and what was expected.
+    findings  name -> the words that name it in a text
+    classes   in order: class -> phrases. In a phrase, {finding} matches any of the finding's words,
+              and each * (at most three) matches up to four words of the same clause that name no
+              other finding
+    prompts   may have a "question" with {finding} and {options}, which evaluate.py asks
+    path      a task.json; None: the built-in task
+    Returns the Task. Raises ValueError naming the file and what was expected.
     """
     return CHEST if path is None else make_task(read_json(path), path)
 
 
 def make_task(spec, path):
-    """The task of what `load_task` reads in a task.json; errors name `path`."""
+    """The Task of an object in the format of a task.json (see `load_task`).
+
+    spec  the object
+    path  where it was read, for the messages of errors and for a task without a name
+    Raises ValueError as `load_task` does.
+    """
+    task_faults(spec, path)
+    compiled = compile_phrases(spec["findings"], spec["classes"])
+    return Task(spec.get("name", Path(path).stem), tuple(spec["findings"]), tuple(spec["classes"]),
+                tuple(spec.get("positive", ())), {"system": "", **spec["prompts"]},
+                tuple(spec.get("refusals", ())), tuple(compiled))
+
+
+def task_faults(spec, path):
+    """Raises ValueError for the first thing in `spec` that is not as `load_task` describes it."""
     def expect(condition, what):
         if not condition:
             raise ValueError(f"{path}: expected {what}")
@@ -92,83 +133,85 @@ def make_task(spec, path):
     expect(isinstance(spec, dict), "a JSON object")
     for key in ("findings", "classes"):
         value = spec.get(key)
-        expect(isinstance(value, dict) and value and all(isinstance(v, list) and v and all(isinstance(s, str) and s.strip() for s in v)
-                                                         for v in value.values()), f'"{key}": an object of lists of words')
+        expect(isinstance(value, dict) and value and all(map(is_word_list, value.values())),
+               f'"{key}": an object of lists of words')
         expect(all(map(is_name, value)), f'names without control characters in "{key}"')
     expect(is_name(spec.get("name", "task")), '"name": a name')
     prompts = {"system": "", **spec["prompts"]} if isinstance(spec.get("prompts"), dict) else {}
-    expect(all(isinstance(prompts.get(k), str) for k in ("system", "student", "teacher", "compare")),
+    needed = [prompts.get(key) for key in ("system", "student", "teacher", "compare")]
+    expect(all(isinstance(text, str) for text in needed),
            '"prompts": an object with the texts "student", "teacher", "compare"')
     expect("{diseases}" in prompts["teacher"], '"{diseases}" in prompts.teacher')
     expect("{readers}" in prompts["compare"], '"{readers}" in prompts.compare')
-    expect(isinstance(q := prompts.get("question", "{finding}"), str) and "{finding}" in q, 'a text with {finding} as prompts.question')
+    question = prompts.get("question", "{finding}")
+    expect(isinstance(question, str) and "{finding}" in question,
+           'a text with {finding} as prompts.question')
     for phrases in spec["classes"].values():
-        expect(all("{finding}" in phrase.split() for phrase in phrases), 'every phrase of "classes" to contain the word {finding}')
-        expect(all(phrase.split().count("*") <= 3 for phrase in phrases), 'at most three * in a phrase of "classes"')  # each multiplies the search
+        for words in map(str.split, phrases):
+            expect("{finding}" in words, 'every phrase of "classes" to contain the word {finding}')
+            # every * multiplies the time of the search
+            expect(words.count("*") <= 3, 'at most three * in a phrase of "classes"')
     for key in ("positive", "refusals"):
         value = spec.get(key, [])
-        expect(isinstance(value, list) and all(isinstance(s, str) and s for s in value), f'"{key}": a list of words')
-    positive = tuple(spec.get("positive", ()))
-    expect(set(positive) <= set(spec["classes"]), '"positive": some of the classes')
+        expect(isinstance(value, list) and all(isinstance(s, str) and s for s in value),
+               f'"{key}": a list of words')
+    expect(set(spec.get("positive", ())) <= set(spec["classes"]),
+           '"positive": some of the classes')
 
-    patterns, between = [], r"[^\w.;|]+"  # a phrase does not reach over the end of a clause
-    for finding, words in spec["findings"].items():
-        others = [w for name, names in spec["findings"].items() if name != finding for w in names]
-        gap = rf"(?:{between}(?!(?:{'|'.join(map(re.escape, others)) or '(?!)'})\b)\w+){{0,4}}?"
-        alternatives = []
-        for word in words:  # 'effusion' is not found inside another finding's 'pericardial effusion'
-            before = "".join(rf"(?<!{re.escape(o[:-len(word)])})" for o in others if o.endswith(f" {word}"))
-            after = "".join(rf"(?!{re.escape(o[len(word):])}\b)" for o in others if o.startswith(f"{word} "))
-            alternatives.append(before + re.escape(word) + after)
-        for value, phrases in spec["classes"].items():
-            for phrase in phrases:
-                expression = ""
-                for token in phrase.split():
-                    if token == "*":
-                        expression += gap
-                        continue
-                    token = "(?:" + "|".join(alternatives) + ")" if token == "{finding}" else re.escape(token)
-                    expression += (between if expression else "") + token
-                patterns.append((finding, value, re.compile(rf"\b{expression}\b", re.IGNORECASE)))
-    return Task(spec.get("name", Path(path).stem), tuple(spec["findings"]), tuple(spec["classes"]), positive, prompts,
-                tuple(spec.get("refusals", ())), tuple(patterns))
 
+def is_word_list(value):
+    """Whether `value` is a list of at least one text, and none of its texts is blank."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(word, str) and word.strip() for word in value)
+
+
+# ------------------------------------------------------------------------- what a teacher said
 
 def read_classes(text, task):
-    """What a text says: {finding: class}; a finding that cannot be read is missing. Of several mentions the built-in task
-    takes positive over uncertain over negative, a task.json the earliest. Votes, scores and filters all read through here."""
-    if task.patterns is None:
+    """What a text says about each finding. Votes, scores and filters all read texts with it.
+
+    text  a teacher's or a student's text
+    task  the Task: of several mentions of a finding the built-in task takes positive before
+          uncertain before negative, a task.json takes the earliest
+    Returns {finding: class}; a finding that cannot be read is missing.
+    """
+    if task.phrases is None:
         return {finding: reading.value for finding, reading in read_findings(text).items()}
-    best = {}
-    for finding, value, pattern in task.patterns:
-        if match := pattern.search(text):
-            best[finding] = min(best.get(finding, (match.span(), value)), (match.span(), value))
-    return {finding: best[finding][1] for finding in task.findings if finding in best}
+    read = read_phrases(text, task.phrases)
+    return {finding: read[finding] for finding in task.findings if finding in read}
 
 
 def is_refusal(text, task):
-    """A refusing phrase and no finding about this image."""
-    if task.patterns is None:
+    """Whether a text has a refusing phrase and says nothing about a finding in this image."""
+    if task.phrases is None:
         return is_chest_refusal(text)
-    return any(phrase.lower() in text.lower() for phrase in task.refusals) and not read_classes(text, task)
+    declines = any(phrase.lower() in text.lower() for phrase in task.refusals)
+    return declines and not read_classes(text, task)
 
 
 def vote(trajectories, task):
-    """The plurality over teachers: {finding: class}. Ties go to the class that comes first in the task; unread ones abstain."""
+    """The class of each finding that most teachers name.
+
+    trajectories  {teacher: text}; a teacher whose text cannot be read on a finding abstains there
+    task          the Task; of classes with the same number of votes its earliest wins
+    Returns {finding: class}, without the findings that nobody mentions.
+    """
     readings = [read_classes(text, task) for text in trajectories.values()]
     winner = {}
     for finding in task.findings:
-        counts = [sum(reading.get(finding) == value for reading in readings) for value in task.classes]
+        votes = [reading.get(finding) for reading in readings]
+        counts = [votes.count(value) for value in task.classes]
         if any(counts):
             winner[finding] = task.classes[counts.index(max(counts))]
     return winner
 
 
-# ------------------------------------------------------------------------------------------------------- the records
+# ---------------------------------------------------------------------------------- the records
 
 @dataclass
 class Study:
-    """One line of studies.jsonl; `record` is that line as it was read."""
+    """One line of studies.jsonl: `images` are one or two paths, `record` is the line as read."""
     id: str
     images: tuple
     labels: dict
@@ -176,36 +219,110 @@ class Study:
     report: str = None
     split: str = None
     t_plus: str = None
+    prompt: str = None
     record: dict = field(default=None, repr=False)
 
 
+def record_faults(record, task):
+    """What is wrong with one record of studies.jsonl: a list of sentences, empty if nothing is.
+
+    record  the object of the line
+    task    the Task, which knows the findings and their classes
+    """
+    found = []
+    if not is_name(record.get("id")):
+        found.append('"id": expected a non-empty string without control characters')
+    image = record.get("image")
+    images = image if isinstance(image, list) else [image]
+    if not (1 <= len(images) <= 2 and all(map(is_name, images))):
+        found.append('"image": expected a path or a list of two paths, without control characters')
+    found += label_faults(record.get("labels", {}), task)
+    found += trajectory_faults(record.get("trajectories", {}))
+    for key in ("report", "split", "t_plus", "prompt"):
+        if record.get(key) is not None and not isinstance(record[key], str):
+            found.append(f'"{key}": expected a string')
+    return found
+
+
+def label_faults(labels, task):
+    """What is wrong with the "labels" of a record, a list of sentences."""
+    if not isinstance(labels, dict):
+        return ['"labels": expected an object {finding: class}']
+    findings, classes = ", ".join(task.findings), ", ".join(map(repr, task.classes))
+    found = []
+    for finding, value in labels.items():
+        if finding not in task.findings:
+            found.append(f'"labels": unknown finding {finding!r}, expected one of {findings}')
+        elif isinstance(value, bool) or value not in task.classes:
+            found.append(f'"labels": {finding} is {value!r}, expected one of {classes}')
+    return found
+
+
+def trajectory_faults(trajectories):
+    """What is wrong with the "trajectories" of a record, a list of sentences."""
+    if not isinstance(trajectories, dict):
+        return ['"trajectories": expected an object {teacher: text}']
+    found = [f'"trajectories": {name!r}: expected a name without control characters'
+             for name in trajectories if not is_name(name)]
+    for name, text in trajectories.items():
+        if not isinstance(text, str) or not text.strip():
+            found.append(f'"trajectories": {name!r} is empty or no text, expected words')
+    return found
+
+
 def read_studies(path, task, split=None):
-    """All studies of a studies.jsonl, or those of one split (a record without "split" belongs to every split).
-    Raises ValueError listing every fault as 'file:line: what, and what was expected'."""
+    """Reads a studies.jsonl.
+
+    path   the file
+    task   the Task, which knows the findings and their classes
+    split  only the studies of this split; a record without "split" belongs to every split
+    Returns [Study]. Raises ValueError that lists the first 20 faults, each of them as
+    'file:line: what is wrong, and what was expected'.
+    """
     studies, wrong, seen = [], [], {}
     for line, record in read_jsonl(path):
-        found = faults(record, task)
+        found = record_faults(record, task)
         if not found and record["id"] in seen:
-            found = [f'"id": {record["id"]!r} stands in line {seen[record["id"]]} already, expected it once']
+            found = [f'"id": {record["id"]!r} is in line {seen[record["id"]]} already, '
+                     "expected it once"]
         wrong += [f"{path}:{line}: {fault}" for fault in found]
         if found:
             continue
         seen[record["id"]] = line
         if split is None or record.get("split") in (None, split):
-            image = record["image"]
-            studies.append(Study(record["id"], tuple(image if isinstance(image, list) else [image]), record.get("labels", {}),
-                                 record.get("trajectories", {}), record.get("report"), record.get("split"), record.get("t_plus"), record))
+            studies.append(make_study(record))
     if wrong:
         more = f"\n... and {len(wrong) - 20} more" if len(wrong) > 20 else ""
         raise ValueError("\n".join(wrong[:20]) + more)
     if not studies:
-        raise ValueError(f"{path}: no study" + (f" of split {split!r}" if split else "") + ", expected at least one")
+        of_split = f" of split {split!r}" if split else ""
+        raise ValueError(f"{path}: no study{of_split}, expected at least one")
     return studies
 
 
+def make_study(record):
+    """The Study of a record in which `record_faults` finds nothing."""
+    image = record["image"]
+    return Study(
+        id=record["id"],
+        images=tuple(image if isinstance(image, list) else [image]),
+        labels=record.get("labels", {}),
+        trajectories=record.get("trajectories", {}),
+        report=record.get("report"),
+        split=record.get("split"),
+        t_plus=record.get("t_plus"),
+        prompt=record.get("prompt"),
+        record=record)
+
+
 def read_positives(path, studies):
-    """Puts t+ of a positives.jsonl into the studies and returns those that have one.
-    Raises ValueError where a line has no "id" and "t_plus" or a study comes twice."""
+    """Puts the t+ of a positives.jsonl into the studies.
+
+    path     the file that stage 2 wrote
+    studies  [Study], whose t_plus is set
+    Returns the studies that have a t+. Raises ValueError where a line has no "id" and "t_plus", a
+    study comes twice, or none of the studies has a t+.
+    """
     texts = {}
     for line, record in read_jsonl(path):
         if not isinstance(record.get("id"), str) or not isinstance(record.get("t_plus"), str):
@@ -217,15 +334,48 @@ def read_positives(path, studies):
         study.t_plus = texts.get(study.id)
     chosen = [study for study in studies if study.t_plus]
     if not chosen:
-        raise ValueError(f"{path}: holds t+ for none of the {len(studies)} studies, expected the positives of these studies")
+        raise ValueError(f"{path}: holds t+ for none of the {len(studies)} studies, expected the "
+                         "positives of these studies")
     return chosen
 
 
+def training_studies(path, task, split=None, teachers=None, refusals="drop", positives=None):
+    """The studies that a stage works on.
+
+    path       studies.jsonl
+    task       the Task
+    split      which of its studies; None: all
+    teachers   'NAME,...': only these; None: all
+    refusals   'drop' leaves out trajectories that decline to answer, 'keep' keeps them
+    positives  positives.jsonl whose t+ each study must have; None: t+ is not needed
+    Returns (studies with at least one trajectory, the teachers' names in their fixed order, how
+    many refusals were dropped). Raises ValueError as the readers do, and where no study has
+    trajectories.
+    """
+    studies = read_studies(path, task, split)
+    if positives:
+        studies = read_positives(positives, studies)
+    names, dropped = keep_teachers(studies, teachers), 0
+    if refusals == "drop":
+        studies, dropped = drop_refusals(studies, task)
+    studies = [study for study in studies if study.trajectories]
+    if not studies:
+        raise ValueError(f"{path}: no study has trajectories, expected the teachers' texts")
+    return studies, names, dropped
+
+
 def drop_refusals(studies, task):
-    """Removes refusing trajectories, then studies without any; returns (studies, how many trajectories were dropped)."""
+    """Removes the trajectories that decline to answer, and then the studies that have none left.
+
+    studies  [Study], whose trajectories are changed
+    task     the Task, which knows what a refusal is
+    Returns (studies, how many trajectories were removed).
+    """
     dropped = 0
-    for study in tqdm(studies, desc="refusals", disable=None):  # reads every text; no bar where nobody watches
-        kept = {name: text for name, text in study.trajectories.items() if not is_refusal(text, task)}
+    # Every text is read, which takes a while; disable=None shows no bar outside a terminal.
+    for study in tqdm(studies, desc="refusals", disable=None):
+        kept = {name: text for name, text in study.trajectories.items()
+                if not is_refusal(text, task)}
         dropped += len(study.trajectories) - len(kept)
         study.trajectories = kept
     return [study for study in studies if study.trajectories], dropped
@@ -237,8 +387,12 @@ def teacher_names(studies):
 
 
 def keep_teachers(studies, chosen=None):
-    """Keeps the trajectories of `chosen` ('NAME,...'; None keeps all) and returns the names in their fixed order.
-    Raises ValueError for a name that no study has."""
+    """Keeps only the trajectories of some teachers.
+
+    studies  [Study], whose trajectories are changed
+    chosen   'NAME,...'; None keeps all
+    Returns the names in their fixed order. Raises ValueError for a name that no study has.
+    """
     names = teacher_names(studies)
     if chosen:
         wanted = chosen.split(",")
@@ -246,28 +400,51 @@ def keep_teachers(studies, chosen=None):
             raise ValueError(f"--teachers {','.join(unknown)}: expected some of {', '.join(names)}")
         names = [name for name in names if name in wanted]
         for study in studies:
-            study.trajectories = {name: text for name, text in study.trajectories.items() if name in names}
+            study.trajectories = {name: text for name, text in study.trajectories.items()
+                                  if name in names}
     return names
 
 
-# ------------------------------------------------------------------------------------------- prompts, images, tokens
+# ---------------------------------------------------------------------------------- the prompts
 
 def student_prompt(study, task, kind="student"):
-    """l. The student's own prompt names no diagnosis; kind 'teacher' is Appendix B's, with the positive labels joined by ' and '."""
-    diseases = " and ".join(f for f in task.findings if study.labels.get(f) in task.positive) or "No Finding"
-    return task.prompts[kind].replace("{diseases}", diseases)
+    """The prompt l of a study.
+
+    study  the Study; its own prompt, where it has one, is returned as it is
+    task   the Task
+    kind   'student' names no diagnosis; 'teacher' is Appendix B's, in which {diseases} becomes the
+           study's positive labels, joined by ' and '
+    """
+    if study.prompt is not None:
+        return study.prompt
+    positive = [finding for finding in task.findings
+                if study.labels.get(finding) in task.positive]
+    return task.prompts[kind].replace("{diseases}", " and ".join(positive) or "No Finding")
 
 
 def compare_prompt(study, task, seed):
-    """(l, T) of Eq. 7: the trajectories as anonymous readers, their order shuffled by (seed, study)."""
-    texts = [text for _, text in sorted(study.trajectories.items())]  # the order in the record shall not matter
+    """(l, T) of Eq. 7: a prompt that shows all trajectories of a study, as anonymous readers.
+
+    study  the Study
+    task   the Task
+    seed   the readers' order is shuffled by it and the study's id
+    """
+    # sorted by the teachers' names first, since their order in the record must not matter
+    texts = [text for _, text in sorted(study.trajectories.items())]
     random.Random(f"{seed} {study.id} readers").shuffle(texts)
     readers = "\n".join(f"Reader {i}: {text}" for i, text in enumerate(texts, 1))
     return task.prompts["compare"].replace("{readers}", readers)
 
 
+# ------------------------------------------------------------------------------------ the films
+
 def image_path(path, root):
-    """The file of a record's image path. Raises ValueError if it lies outside `root`."""
+    """The file of an image.
+
+    path  as a record gives it
+    root  the folder of the images
+    Returns a Path. Raises ValueError if it lies outside `root`.
+    """
     try:
         root = Path(root).resolve()
         file = (root / path).resolve()
@@ -278,33 +455,45 @@ def image_path(path, root):
     return file
 
 
-def doubled(path, root):
-    """A hint for a missing image where the image folder's name stands in both, ' (--images ends in files/ and the path begins with it)', else ''."""
+def folder_twice_hint(path, root):
+    """A hint for a missing image whose path begins with the image folder's own name, else ''."""
     name = Path(root).resolve().name
-    return f" (--images ends in {name}/ and the path begins with it)" if str(path).startswith(f"{name}/") else ""
+    if not str(path).startswith(f"{name}/"):
+        return ""
+    return f" (--images ends in {name}/ and the path begins with it)"
 
 
 @contextlib.contextmanager
 def open_image(path, root):
-    """A PIL image whose header was read and checked; whatever goes wrong inside becomes a ValueError that names the file."""
+    """A context that gives the PIL image of a file, of which the header has been read and checked.
+
+    path  as a record gives it
+    root  the folder of the images
+    Whatever goes wrong, in the context too, becomes a ValueError that names the file.
+    """
     file = image_path(path, root)
     try:
-        if file.exists() and not file.is_file():  # a pipe would keep who opens it waiting for ever
+        if file.exists() and not file.is_file():  # opening a pipe would wait for ever
             raise ValueError("no regular file")
         with Image.open(file, formats=IMAGE_FORMATS) as image:
+            size = f"{image.width} x {image.height} pixels"
             if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise ValueError(f"{image.width} x {image.height} pixels, expected at most {MAX_IMAGE_PIXELS:,}")
+                raise ValueError(f"{size}, expected at most {MAX_IMAGE_PIXELS:,}")
             if max(image.size) > 200 * min(image.size):
-                raise ValueError(f"{image.width} x {image.height} pixels, expected an aspect ratio of at most 200")
+                raise ValueError(f"{size}, expected an aspect ratio of at most 200")
             yield image
     except FileNotFoundError:
-        raise ValueError(f"{file}: no such image{doubled(path, root)}") from None
-    except Exception as error:  # decoders of broken files raise nearly anything
+        raise ValueError(f"{file}: no such image{folder_twice_hint(path, root)}") from None
+    except Exception as error:  # a broken file can make Pillow raise nearly anything
         raise ValueError(f"{file}: not a readable image: {error}") from None
 
 
 def require_images(studies, root):
-    """Raises ValueError for the first image of the studies that is not there or no image, as far as its header tells."""
+    """Raises ValueError for the first image that is missing or, as its header shows, no image.
+
+    studies  [Study]
+    root     the folder of their images
+    """
     for study in studies:
         for path in study.images:
             with open_image(path, root):
@@ -312,108 +501,16 @@ def require_images(studies, root):
 
 
 def load_image(path, root):
-    """An RGB PIL image. 16-bit films are rescaled, EXIF rotation is applied. Raises ValueError naming the file if it lies
-    outside `root`, cannot be read, is larger than MAX_IMAGE_PIXELS or longer than 200 times its width."""
+    """Reads an image; a 16-bit film is rescaled to 8 bits, a rotation in EXIF is applied.
+
+    path  as a record gives it
+    root  the folder of the images
+    Returns a PIL image in RGB. Raises ValueError naming the file if it lies outside `root`, cannot
+    be read, has more than MAX_IMAGE_PIXELS, or has a side 200 times as long as the other one.
+    """
     with open_image(path, root) as image:
         image = ImageOps.exif_transpose(image)
         if image.mode.startswith("I"):  # convert("RGB") would cut a 12-bit film at 255
             pixels = np.asarray(image, dtype=np.float32)
             image = Image.fromarray((pixels * (255 / max(pixels.max(), 1))).astype(np.uint8))
         return image.convert("RGB")
-
-
-def smart_resize(height, width, factor, min_pixels, max_pixels):
-    """(height, width) at which the student sees an image: multiples of `factor`, within the two bounds."""
-    from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import smart_resize
-
-    return smart_resize(height, width, factor, min_pixels, max_pixels)
-
-
-class Encoder:  # torch and transformers are imported in here: the rest of this file runs without them, and `tools/check.py` in little memory
-    """Turns a study into tensors. Needs a student's folder or hub id for its tokenizer and image processor only; the prompt is
-    built here, since AutoProcessor wants torchvision. max_pixels bounds an image (28 x 28 pixels make one token), max_tokens a study's
-    packed row: what is longer loses the ends of its longest responses (training.fit says beforehand which studies that is)."""
-
-    def __init__(self, student, task, images=".", max_pixels=1024 * 28 * 28, max_tokens=None):
-        from transformers import AutoTokenizer
-        from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
-
-        self.task, self.images, self.max_tokens = task, images, max_tokens
-        try:
-            self.tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=False)
-            self.image_processor = Qwen2VLImageProcessorPil.from_pretrained(student)
-        except Exception as error:  # of a broken file they raise nearly anything
-            raise ValueError(f"--student {student}: expected the tokenizer and image processor of a Qwen2.5-VL: {error}") from None
-        size = self.image_processor.size
-        self.image_processor.size = {"shortest_edge": size["shortest_edge"], "longest_edge": min(size["longest_edge"], max_pixels)}
-        special = self.tokenizer.convert_tokens_to_ids
-        self.start, self.end, self.image_pad = special("<|im_start|>"), special("<|im_end|>"), special("<|image_pad|>")
-        self.vision_start, self.vision_end = special("<|vision_start|>"), special("<|vision_end|>")
-        self.pad = self.tokenizer.pad_token_id
-
-    def tokens(self, text):
-        """Token ids of plain text; '<|im_end|>' inside a teacher's text stays text."""
-        return self.tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"]
-
-    def text(self, ids):
-        """The text of a response's token ids, without the end token."""
-        return self.tokenizer.decode([int(i) for i in ids if int(i) not in (self.end, self.pad)])
-
-    def pixels(self, study):
-        """-> pixel_values (patches, 1176) fp32, image_grid_thw (images, 3)."""
-        images = [load_image(path, self.images) for path in study.images]
-        out = self.image_processor(images=images, return_tensors="pt")
-        return out["pixel_values"], out["image_grid_thw"]
-
-    def prefix(self, prompt, image_grid_thw):
-        """v and l in Qwen's chat format -> (P,) ids that end where the response begins."""
-        import torch
-
-        ids = []
-        if self.task.prompts["system"]:
-            ids += [self.start, *self.tokens("system\n" + self.task.prompts["system"]), self.end, *self.tokens("\n")]
-        ids += [self.start, *self.tokens("user\n")]
-        for t, h, w in image_grid_thw.tolist():
-            pads = t * h * w // self.image_processor.merge_size ** 2
-            ids += [self.vision_start, *[self.image_pad] * pads, self.vision_end]
-        ids += [*self.tokens(prompt), self.end, *self.tokens("\n"), self.start, *self.tokens("assistant\n")]
-        return torch.tensor(ids)
-
-    def response(self, text):
-        """t -> (n,) ids that end with the end token."""
-        import torch
-
-        return torch.tensor([*self.tokens(text), self.end])
-
-    def __call__(self, study, prompt, responses=()):
-        """One study as the packed step takes it: the prefix, its image, and K responses (None where a teacher is absent)."""
-        pixel_values, image_grid_thw = self.pixels(study)
-        prefix = self.prefix(prompt, image_grid_thw)
-        responses = [None if text is None else self.response(text) for text in responses]
-        if self.max_tokens:
-            cut = iter(shares([len(r) for r in responses if r is not None], self.max_tokens - len(prefix)))
-            responses = [None if r is None else r[:next(cut)] for r in responses]
-        return {"id": study.id, "prefix_ids": prefix, "pixel_values": pixel_values, "image_grid_thw": image_grid_thw, "responses": responses}
-
-    def lengths(self, study, prompt, responses):
-        """(P, [n of each response]) of a study in tokens, from the texts and the image's header alone."""
-        import torch
-
-        grids = []
-        for path in study.images:
-            with open_image(path, self.images) as image:
-                size, side = self.image_processor.size, self.image_processor.patch_size
-                height, width = smart_resize(image.height, image.width, side * self.image_processor.merge_size,
-                                             size["shortest_edge"], size["longest_edge"])
-            grids.append([1, height // side, width // side])
-        return len(self.prefix(prompt, torch.tensor(grids))), [len(self.tokens(text)) + 1 for text in responses if text is not None]
-
-
-def shares(lengths, budget):
-    """How many tokens each response may keep so that all fit into `budget`: the longest give way first, the short stay whole."""
-    kept = dict.fromkeys(range(len(lengths)), 0)
-    for left, i in zip(range(len(lengths), 0, -1), sorted(kept, key=lengths.__getitem__)):
-        kept[i] = min(lengths[i], budget // left)
-        budget -= kept[i]
-    return list(kept.values())
-

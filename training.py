@@ -1,19 +1,17 @@
-"""What the two training loops (spd.py, apo.py) share: plan of an epoch, loader, wrapping, optimiser. The loops themselves stand in both
-scripts, alike as they are, so that each reads from top to bottom.
+"""What the two training loops share: plan of a run, schedule, optimiser, micro-step, update.
 
-A run is a function of its settings and its step: epochs are permuted from (seed, epoch), dropout is seeded from (seed, step,
-micro-batch, rank), the learning rate is computed from the step. So a run that was stopped goes on as if it had not been.
+The loops themselves are written out in both scripts, spd.py and apo.py.
+
+A run is a function of its settings and its step: epochs are permuted from (seed, epoch), dropout is
+seeded from (seed, step, micro-batch, rank), the learning rate is computed from the step. So a run
+that was stopped and goes on gives the same results as a run that was never stopped.
 """
 
 import contextlib
-import ctypes
 import hashlib
 import math
-import os
 import random
-import signal
 import sys
-import threading
 import time
 
 import torch
@@ -21,25 +19,45 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adamw import adamw
 from tqdm import tqdm
 
+import student
 from runtime import ranks
+from runtime.records import atomic
+from runtime.shared import loader
 
-# ------------------------------------------------------------------------------------------------------- plan of a run
+# -------------------------------------------------------------------------------- plan of a run
 
 def schedule(step, total_steps, peak, minimum, warmup_steps):
-    """Learning rate of step 0..total_steps-1: linear warm-up to `peak`, then a cosine down to `minimum`."""
+    """The learning rate of a step: a linear warm-up, then half a cosine downwards.
+
+    step          0 to total_steps - 1
+    total_steps   of the run
+    peak          learning rate at the end of the warm-up
+    minimum       learning rate of the last step
+    warmup_steps  of the warm-up; 0: none
+    """
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     progress = (step - warmup_steps) / max(1, total_steps - 1 - warmup_steps)
     return minimum + 0.5 * (peak - minimum) * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
-def fit(encoder, studies, prompt, responses, max_tokens, truncate):
-    """Which studies fit: prompt(study) and responses(study) give the texts of a packed row of at most max_tokens.
-    -> (studies to use, [{"id", "tokens", "cut"}] of those that do not fit, packed length of each used study). A study that does not
-    fit is left out, or with `truncate` kept and cut, unless its image and prompt alone leave no room for the responses."""
-    kept, long, tokens = [], [], []
+def drop_long(processor, studies, prompt, responses, args, folder):
+    """Leaves out the studies whose packed row would be longer than --max_tokens.
+
+    processor         student.Processor
+    studies           [data.Study]
+    prompt(study)     text of l
+    responses(study)  the texts of its responses, None where a teacher is absent
+    args              the flags: max_tokens, of image, prompt and responses together; truncate,
+                      which keeps such a study and lets the processor cut its responses, unless
+                      image and prompt leave them no room
+    folder            RunFolder, whose too_long.jsonl lists these studies: {"id", "tokens", "cut"}
+    Returns (studies to use, [packed length of each in tokens]).
+    """
+    max_tokens, truncate = args.max_tokens, args.truncate
+    kept, tokens, long = [], [], []
     for study in tqdm(studies, desc="lengths", disable=ranks.rank() > 0):
-        prefix, lengths = encoder.lengths(study, prompt(study), responses(study))
+        prefix, lengths = processor.lengths(study, prompt(study), responses(study))
         total = prefix + sum(lengths)
         room = max_tokens - prefix >= 16 * len(lengths)
         if total > max_tokens:
@@ -47,38 +65,59 @@ def fit(encoder, studies, prompt, responses, max_tokens, truncate):
         if total <= max_tokens or truncate and room:
             kept.append(study)
             tokens.append(min(total, max_tokens))
-    return kept, long, tokens
+    if long:
+        cut = sum(study["cut"] for study in long)
+        ranks.print_once(f"{len(long)} studies exceed --max_tokens {max_tokens}: {cut} are cut, "
+                         f"{len(long) - cut} left out; see too_long.jsonl")
+        folder.write_lines("too_long.jsonl", long)
+    return kept, tokens
 
 
 class Plan:
-    """Which study stands in which micro-batch of which step. An epoch is a permutation from (seed, epoch); a step takes the next
-    `global_batch` studies of it, each rank an equal share of them; an epoch's incomplete tail is dropped.
-    Raises ValueError if the numbers do not divide."""
+    """Which study is in which micro-batch of which step, and how fast each step learns.
 
-    def __init__(self, n, args):
-        self.n, self.seed, self.global_batch = n, args.seed, args.global_batch
-        share, rest = divmod(args.global_batch, ranks.world())
+    lengths  packed length of each study in tokens
+    args     the flags:
+                 global_batch   studies per step over all ranks
+                 micro_batch    studies per forward on a rank; 0: the rank's whole share
+                 num_epochs     passes over the studies
+                 max_steps      steps at most; None: no limit
+                 seed           of the epochs' permutations
+                 learning_rate, min_learning_rate, warmup_steps  as `schedule` takes them
+    A step takes the next `global_batch` studies of its epoch's permutation, an equal share on each
+    rank; the studies that are left over at the end of an epoch are not used in it. Raises
+    ValueError where the numbers do not divide.
+    """
+
+    def __init__(self, lengths, args):
+        self.args, self.lengths, self.global_batch = args, lengths, args.global_batch
+        global_batch = args.global_batch
+        share, rest = divmod(global_batch, ranks.world())
         self.micro_batch = args.micro_batch or share
         if self.micro_batch < 1 or rest or share % self.micro_batch:
-            raise ValueError(f"--global_batch {args.global_batch}: expected a multiple of {ranks.world()} ranks x --micro_batch {self.micro_batch}")
-        if n < args.global_batch:
-            raise ValueError(f"{n} studies: expected at least one --global_batch of {args.global_batch}")
+            raise ValueError(f"--global_batch {global_batch}: expected a multiple of "
+                             f"{ranks.world()} ranks x --micro_batch {self.micro_batch}")
+        if len(lengths) < global_batch:
+            raise ValueError(f"{len(lengths)} studies: expected at least one --global_batch of "
+                             f"{global_batch}")
         self.accumulation = share // self.micro_batch
-        self.steps_per_epoch = n // args.global_batch
+        self.steps_per_epoch = len(lengths) // global_batch
         steps = self.steps_per_epoch * args.num_epochs
         self.steps = min(steps, args.max_steps) if args.max_steps else steps
 
     def __str__(self):
-        return (f"{self.n} studies, {self.steps} steps of {self.global_batch} = {ranks.world()} ranks x {self.accumulation} micro-batches "
-                f"x {self.micro_batch} studies")
+        return (f"{len(self.lengths)} studies, {self.steps} steps of {self.global_batch} = "
+                f"{ranks.world()} ranks x {self.accumulation} micro-batches x "
+                f"{self.micro_batch} studies")
 
     def order(self, epoch):
-        order = list(range(self.n))
-        random.Random(f"{self.seed} {epoch} order").shuffle(order)
+        """The permutation of the studies' indices in an epoch."""
+        order = list(range(len(self.lengths)))
+        random.Random(f"{self.args.seed} {epoch} order").shuffle(order)
         return order
 
     def micro_batches(self, start=0):
-        """This rank's micro-batches from step `start` on: lists of (epoch, index of the study)."""
+        """This rank's micro-batches from step `start` on, as lists of (epoch, study's index)."""
         batches, share = [], self.global_batch // ranks.world()
         for step in range(start, self.steps):
             epoch, at = divmod(step, self.steps_per_epoch)
@@ -89,161 +128,190 @@ class Plan:
                 batches.append([(epoch, index) for index in order[first:first + self.micro_batch]])
         return batches
 
-    def longest(self, tokens):
-        """This rank's micro-batch with the longest study, [(epoch, index)]. tokens: packed length of each study."""
-        return max(self.micro_batches(), key=lambda batch: max(tokens[index] for _, index in batch))
+    def longest(self):
+        """This rank's micro-batch with the longest study, [(epoch, index)]."""
+        longest_of = lambda batch: max(self.lengths[index] for _, index in batch)
+        return max(self.micro_batches(), key=longest_of)
+
+    def learning_rate(self, step):
+        """The learning rate of a step."""
+        return schedule(step, self.steps, self.args.learning_rate, self.args.min_learning_rate,
+                        self.args.warmup_steps)
+
+    def due(self, done, every):
+        """Whether what happens after `every` steps happens after `done`; the end always counts."""
+        return done % every == 0 or done == self.steps
 
 
-class _Items:
-    def __init__(self, encode):
-        self.encode = encode
+def steps(plan, start, encode, model, log, args, desc):
+    """Yields (step, [its packed micro-batches of this rank]) from `start` on, with a progress bar.
 
-    def __getitem__(self, key):
-        return self.encode(key)
+    plan     Plan
+    start    the first step, where the run goes on
+    encode(epoch, index)  returns an example as student.Processor does; runs in loader processes
+    model    the student
+    log      Log, whose newest line is shown in the bar
+    args     the flags: num_workers, loader processes per rank
+    desc     name of the bar
+    A batch is on the CPU and has what student.pack returns, and "index" (B,), the studies' indices.
+    """
+    model.train()  # after the reference pass of stage 3 it is in eval mode
+    mine = plan.micro_batches(start)
+    stream = zip(mine, loader(lambda key: encode(*key), mine, args.num_workers))
+    bar = tqdm(total=plan.steps, initial=start, desc=desc, disable=ranks.rank() > 0)
+    with contextlib.closing(bar):
+        for step in range(start, plan.steps):
+            batches = []
+            for keys, examples in [next(stream) for _ in range(plan.accumulation)]:
+                index = torch.tensor([index for _, index in keys])
+                batches.append({**student.pack(examples, model), "index": index})
+            yield step, batches
+            bar.update()
+            if log.line:
+                bar.set_postfix(loss=f"{log.line['loss']:.3f}")
 
 
-def _in_worker(_):
-    """A worker leaves SIGTERM to its main process, also where a scheduler signals every process: without its loader that could not finish
-    the step. Only its main process may end it by SIGTERM, or an error there would wait for it for ever. And it ends when that is killed:
-    until then it holds the run's lock and sockets."""
-    os.setpgid(0, 0)
-    if sys.platform == "linux":
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
-        threading.Thread(target=_end_if_asked_by, args=(os.getppid(),), daemon=True).start()
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+# -------------------------------------------------------------------- the wrapped student, a step
+
+def wrap(packed, device):
+    """The packed student in DDP, which makes its gradients means over the ranks.
+
+    packed  student.PackedStudent
+    device  torch.device of this rank
+    Returns `packed` itself where there is only one process.
+    """
+    if ranks.world() == 1:
+        return packed
+    device_ids = [device.index] if device.type == "cuda" else None
+    return DistributedDataParallel(packed, device_ids=device_ids, gradient_as_bucket_view=True)
 
 
-def _end_if_asked_by(parent):
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)
+def warm_up(packed, plan, encode, model):
+    """Runs two passes on the longest micro-batch, whose gradients are thrown away.
 
+    packed  what `wrap` returns
+    plan    Plan
+    encode(epoch, index)  returns an example as student.Processor does
+    model   the student
+    Returns the seconds of the second pass.
 
-def loader(encode, batches, num_workers=0):
-    """Iterates over `batches`, each key passed to encode(key), with a generator of its own: iter(DataLoader) draws from the global one."""
-    context = "fork" if num_workers else None  # `encode` is a function within a function; Python 3.14 would want to pickle it
-    return torch.utils.data.DataLoader(_Items(encode), batch_sampler=batches, collate_fn=list, num_workers=num_workers,
-                                       worker_init_fn=_in_worker, generator=torch.Generator(), multiprocessing_context=context)
+    There are two reasons. Where memory is not enough, the run ends now and not after hours. And DDP
+    arranges its buckets anew after the first pass, which changes the order of its sums: a resumed
+    run would else differ in the last bit from a run that was never stopped.
+    """
+    examples = [encode(epoch, index) for epoch, index in plan.longest()]
+    (batch,) = student.to_device(model.device, student.pack(examples, model))
+    packed.train()
+    for _ in range(2):
+        began = time.perf_counter()
+        with ranks.out_of_memory(batch):
+            (packed(batch)[0].sum() * 0).backward()
+    if model.device.type == "cuda":
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - began
+    packed.zero_grad(set_to_none=False)
+    return seconds
 
 
 def seed_step(seed, step, micro):
-    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed} {step} {micro} {ranks.rank()}".encode()).digest()[:8], "little") >> 1)
-
-
-def longest_step(studies, tokens, args):
-    """What --dry_run trains on: one step of the longest studies. -> (studies, tokens, plan)"""
-    longest = sorted(range(len(studies)), key=lambda index: tokens[index])[-args.global_batch:]
-    studies, tokens, plan = [studies[index] for index in longest], [tokens[index] for index in longest], Plan(len(longest), args)
-    plan.steps = 1
-    return studies, tokens, plan
-
-
-def report_dry_run(bar, all_steps, device):
-    """The last line of --dry_run, after the one step that `bar` counted."""
-    seconds = bar.format_dict["elapsed"]
-    ranks.say(f"one step of the longest studies: {seconds:.1f} s, so all {all_steps:,} take {all_steps * seconds / 3600:.1f} hours or less; "
-              f"peak memory {ranks.peak_gib(device):.2f} GiB")
-
-
-def describe(plan, model, parameters, tokens, paper_steps, sharded, bf16):
-    """The lines that --dry_run prints: arithmetic of the batch, steps beside the paper's, tokens per study, GiB per GPU."""
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
-    gradients = sum(p.numel() * p.element_size() for p in parameters.values())
-    states = sum(p.numel() * (12 if p.dtype != torch.float32 else 8) for p in parameters.values()) / (ranks.world() if sharded else 1)
-    gib = lambda size: f"{size / 2**30:.2f}"
-    ordered = sorted(tokens)
-    return "\n".join([
-        str(plan), f"steps: {plan.steps}; the paper's: {paper_steps:,}",
-        f"tokens per study: mean {sum(tokens) / len(tokens):.0f}, 95% {ordered[int(0.95 * (len(tokens) - 1))]}, longest {ordered[-1]}",
-        f"trains {sum(p.numel() for p in parameters.values()):,} of {sum(p.numel() for p in model.parameters()):,} parameters",
-        f"GiB per GPU: weights {gib(weights)}, gradients {gib(gradients)}, moments{' and fp32 masters' if bf16 else ''} {gib(states)}, "
-        f"in all {gib(weights + gradients + states)} before activations"])
-
-
-# --------------------------------------------------------------------------------------- the wrapped student, the optimiser
-
-def wrap(packed, device):
-    """DDP around the packed student, whose gradients then are means over ranks; alone in one process it stays as it is."""
-    if ranks.world() == 1:
-        return packed
-    return DistributedDataParallel(packed, device_ids=[device.index] if device.type == "cuda" else None, gradient_as_bucket_view=True)
-
-
-def synced(module, last):
-    """Reduces gradients over ranks in the last micro-batch of a step only; to be entered before the forward."""
-    return contextlib.nullcontext() if last or ranks.world() == 1 else module.no_sync()
-
-
-def warm_up(module, batch, ids):
-    """Two passes that count for nothing, on the longest micro-batch: if memory is not enough, that shows now and not after hours. And
-    DDP lays its buckets anew after the first pass, which changes the order of sums, so that without them a resumed run would differ in
-    the last bit from one that was never stopped."""
-    for _ in range(2):
-        with on_studies(ids, batch):
-            (module(batch)[0].sum() * 0).backward()
-    module.zero_grad(set_to_none=False)
+    """Seeds torch for micro-batch number `micro` of a step on this rank."""
+    digest = hashlib.sha256(f"{seed} {step} {micro} {ranks.rank()}".encode()).digest()
+    torch.manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
 
 @contextlib.contextmanager
-def on_studies(ids, batch, smaller="--micro_batch, --max_tokens or --max_pixels, or --gradient_checkpointing,"):
-    """Around the passes of a micro-batch: where memory is not enough, says on which studies and on what shapes, and this rank ends."""
-    try:
+def micro_step(packed, batch, last, seed, step, micro):
+    """A context for forward and backward of a micro-batch.
+
+    packed  what `wrap` returns
+    batch   the micro-batch, whose studies are named where memory is not enough
+    last    whether it is the last one of its step: only then gradients are summed over the ranks
+    seed, step, micro  seed of the run, number of the step, number of the micro-batch: dropout is
+            seeded from them
+    """
+    seed_step(seed, step, micro)
+    sync = contextlib.nullcontext() if last or ranks.world() == 1 else packed.no_sync()
+    with ranks.out_of_memory(batch), sync:
         yield
-    except (MemoryError, RuntimeError) as error:  # torch.OutOfMemoryError is a RuntimeError, a CPU's allocator raises a plain one
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
-            raise
-        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items() if isinstance(value, torch.Tensor))
-        raise SystemExit(f"rank {ranks.rank()}: out of memory on studies {', '.join(ids)}; {shapes}; a smaller {smaller} takes less") from None
 
 
-PEAK_FLOPS = {"A100": 312e12, "H100": 989e12, "H200": 989e12}  # dense bf16 of the SXM modules, per second
+def report_non_finite(loss, batch):
+    """Names the studies of a micro-batch whose loss is NaN or infinite.
 
+    All ranks then stop before the step is taken, in Log.reduce or in `update`.
+    """
+    if not torch.isfinite(loss):
+        studies = ", ".join(batch["studies"])
+        tqdm.write(f"rank {ranks.rank()}: loss {loss.item()} on studies {studies}",
+                   file=sys.stderr)
+
+
+# -------------------------------------------------------------------------------- the optimiser
 
 class MasterAdamW(torch.optim.AdamW):
-    """AdamW whose update happens in fp32: bf16 weights have a master copy in the state (at lr 2e-5 a bf16 weight may never move)."""
+    """AdamW that updates in fp32: a bf16 weight has a master copy in the optimiser's state.
+
+    Without it a bf16 weight might never change: at a learning rate of 2e-5 most updates are smaller
+    than its last bit.
+    """
 
     @torch.no_grad()
     def step(self, closure=None):
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            for p in group["params"]:  # one at a time, so that only one fp32 gradient is alive
+            for p in group["params"]:  # one at a time, so that one fp32 gradient exists at a time
                 if p.grad is None:
                     continue
                 state = self.state[p]
                 if not state:
-                    zeros = lambda p=p: torch.zeros_like(p, dtype=torch.float32)
-                    state.update(step=torch.tensor(0.0), exp_avg=zeros(), exp_avg_sq=zeros())
+                    state["step"] = torch.tensor(0.0)
+                    for moment in ("exp_avg", "exp_avg_sq"):
+                        state[moment] = torch.zeros_like(p, dtype=torch.float32)
                     if p.dtype != torch.float32:
                         state["master"] = p.float()
                 master = state.get("master", p)
-                adamw([master], [p.grad.float()], [state["exp_avg"]], [state["exp_avg_sq"]], [], [state["step"]], amsgrad=False, beta1=beta1,
-                      beta2=beta2, lr=group["lr"], weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
+                adamw(
+                    [master], [p.grad.float()], [state["exp_avg"]], [state["exp_avg_sq"]], [],
+                    [state["step"]],
+                    amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
+                    weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
                 if master is not p:
                     p.copy_(master)
 
 
 def make_optimizer(parameters, args, shard):
-    """parameters: {name: parameter}. shard: masters and moments live on one rank each (needed when the decoder trains)."""
-    settings = dict(lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), weight_decay=args.weight_decay)
+    """The optimiser, AdamW.
+
+    parameters  {name: parameter} of what trains
+    args        the flags: learning_rate, adam_beta1, adam_beta2, weight_decay (decoupled)
+    shard       whether each rank keeps masters and moments of a part of the parameters only
+                (ZeRO-1), which is needed where the decoder trains
+    """
+    betas = args.adam_beta1, args.adam_beta2
+    settings = dict(lr=args.learning_rate, betas=betas, weight_decay=args.weight_decay)
     if shard and ranks.world() > 1:
-        from torch.distributed.optim import ZeroRedundancyOptimizer  # here, since the import scripts old optimisers and warns of each
+        # Imported only here, since the import compiles optimisers that are deprecated, and warns.
+        from torch.distributed.optim import ZeroRedundancyOptimizer
 
         return ZeroRedundancyOptimizer(parameters.values(), optimizer_class=MasterAdamW, **settings)
     return MasterAdamW(parameters.values(), **settings)
 
 
-def report_non_finite(loss, ids):
-    """Names the studies of a micro-batch whose loss is NaN or infinite; all ranks then stop before the step, in Log.reduce or `update`."""
-    if not torch.isfinite(loss):
-        tqdm.write(f"rank {ranks.rank()}: loss {loss.item()} on studies {', '.join(ids)}", file=sys.stderr)
-
-
 def update(parameters, optimizer, learning_rate, max_grad_norm):
-    """Clips, steps, clears; returns the gradient norm before clipping. The reduced gradients are the same on every rank, so all of
-    them raise FloatingPointError together, and before anything moved, if one is not finite."""
+    """Clips the gradients, takes the optimiser's step and sets the gradients to zero.
+
+    parameters     {name: parameter} of what trains
+    optimizer      what `make_optimizer` returns
+    learning_rate  of this step
+    max_grad_norm  the norm to which the gradients together are clipped; 0: they are not clipped
+    Returns their norm before clipping. Raises FloatingPointError where it is not finite, before
+    anything is changed: on all ranks, since all have the same gradients.
+    """
     norm = float(torch.nn.utils.clip_grad_norm_(parameters.values(), max_grad_norm or math.inf))
     if not math.isfinite(norm):
-        raise FloatingPointError(f"gradient norm {norm}; nothing was updated. The studies are named above where the loss itself was not finite")
+        raise FloatingPointError(
+            f"gradient norm {norm}; nothing was updated. The studies are named above where the "
+            "loss itself was not finite")
     for group in optimizer.param_groups:
         group["lr"] = learning_rate
     optimizer.step()
@@ -251,20 +319,86 @@ def update(parameters, optimizer, learning_rate, max_grad_norm):
     return norm
 
 
-class Stop:
-    """Set by SIGTERM: the loop finishes its step, saves and ends. A second SIGTERM kills, as does the first one after over(). One that
-    comes within three seconds is the same request: a scheduler signals every process, and torchrun sends it on."""
+# ---------------------------------------------------------------- the end of a dry run, of a run
 
-    def __init__(self):
-        self.asked, self.since = False, None
-        signal.signal(signal.SIGTERM, self._ask)
+def report_dry_run(plan, model, parameters, optimizer, seconds, paper_steps):
+    """Prints what --dry_run found: the batch arithmetic, tokens, memory, and the time of a step.
 
-    def over(self):
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    plan         Plan
+    model        the student
+    parameters   {name: parameter} of what trains
+    optimizer    what `make_optimizer` returns
+    seconds      of a pass over the longest micro-batch, from `warm_up`
+    paper_steps  steps of the paper's run
+    A step with gradients of 0 is taken here: the optimiser then makes its state, so that the peak
+    of memory is that of training.
+    """
+    began = time.perf_counter()
+    update(parameters, optimizer, 0.0, 1.0)
+    seconds = plan.accumulation * seconds + time.perf_counter() - began
+    hours = plan.steps * seconds / 3600
+    peak = ranks.peak_gib(model.device)
 
-    def _ask(self, *_):
-        if self.asked and time.monotonic() > self.since + 3:
-            self.over()
-            os.kill(os.getpid(), signal.SIGTERM)
-        elif not self.asked:
-            self.asked, self.since = True, time.monotonic()
+    tokens = sorted(plan.lengths)
+    mean, most = sum(tokens) / len(tokens), tokens[int(0.95 * (len(tokens) - 1))]
+
+    trained, everything = list(parameters.values()), list(model.parameters())
+    trained_count, count = (sum(p.numel() for p in some) for some in (trained, everything))
+    local = getattr(optimizer, "optim", optimizer)  # of a sharded one the part of this rank
+    weights, gradients = gib(everything), gib(trained)
+    states = gib(value for state in local.state.values() for value in state.values() if value.ndim)
+    total = weights + gradients + states
+    masters = " and fp32 masters" if any(p.dtype != torch.float32 for p in trained) else ""
+
+    ranks.print_once("\n".join([
+        f"{plan}",
+        f"steps: {plan.steps}; the paper's: {paper_steps:,}",
+        f"tokens per study: mean {mean:.0f}, 95% {most}, longest {tokens[-1]}",
+        f"trains {trained_count:,} of {count:,} parameters",
+        f"GiB per GPU: weights {weights:.2f}, gradients {gradients:.2f}, moments{masters} "
+        f"{states:.2f}, in all {total:.2f} before activations",
+        f"one step of the longest studies: {seconds:.1f} s, so all {plan.steps:,} take "
+        f"{hours:.1f} hours or less; peak memory {peak:.2f} GiB"]))
+
+
+def gib(tensors):
+    """The size of tensors in GiB."""
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors) / 2**30
+
+
+def finish(folder, model, processor, args, stage):
+    """Writes what a stage has trained, each part whole or not at all, and marks its folder.
+
+    adapter/       the LoRA weights in PEFT's format
+    student/       the student with LoRA merged, as transformers loads it
+    finished.json  is written last
+
+    folder     RunFolder
+    model      the student; where student/ is written its adapters are merged into it
+    processor  student.Processor
+    args       the flags: student, train, lora_r, lora_alpha, lora_dropout, merge
+    stage      what it is called in the model card and in finished.json
+    """
+    lora = "lora" in args.train.split(",")
+
+    def write():
+        if lora:
+            with atomic(folder.path / "adapter") as temporary:
+                student.save_adapter(model, temporary, args.student, args.lora_r, args.lora_alpha,
+                                     args.lora_dropout)
+        if args.merge or not lora:
+            student.merge_lora(model)
+            card = (f"---\nbase_model: {args.student}\nlibrary_name: transformers\n"
+                    f"pipeline_tag: image-text-to-text\nlicense: other\n---\n"
+                    f"Student after {stage} (trained: {args.train}). For research; not a medical "
+                    "device.\n")
+            with atomic(folder.student) as temporary:
+                student.save_student(model, processor, temporary, card)
+
+    ranks.on_rank_zero(write)
+    folder.mark_finished(stage=stage, train=args.train)
+    made = folder.student
+    if not made.exists():
+        adapter = folder.path / "adapter"
+        made = f"the adapter in {adapter} on {args.student}; --merge writes student/"
+    ranks.print_once(f"the student after {stage} is {made}")

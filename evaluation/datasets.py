@@ -1,12 +1,15 @@
-"""The public datasets in their own on-disk formats, as studies that evaluate.py can ask and score. Reads; downloads nothing.
+"""The public datasets in their own on-disk formats, as studies that evaluate.py can ask and score.
 
-    ms_cxr_t       MS-CXR-T's csv and MIMIC-CXR-JPG: progression over two films, or presence on the current one
+    ms_cxr_t       MS-CXR-T's csv and MIMIC-CXR-JPG: progression over two films, or presence on
+                   the current one
     annotation     MIMIC-CXR reports as R2Gen's annotation.json has them
     mimic_reports  MIMIC-CXR reports as files, cut into sections; split and views from MIMIC-CXR-JPG
     open_i, chestx_ray14, chexpert, chestx_det10    zero-shot classification
 
-All columns are found by name, since their order differs between copies; labels and numbers may be written '1.0'. A malformed file is an
-error that names file and line; what is absent (an image, a row, a report) is listed in Benchmark.missing and the rest is used.
+The files are read where they are; nothing is downloaded. All columns are found by name, since their
+order differs between copies; labels and numbers may be written '1.0'. A malformed file is an error
+that names file and line. What is absent (an image, a row, a report) is listed in Benchmark.missing,
+and the rest is used.
 """
 
 import csv
@@ -19,15 +22,24 @@ from pathlib import Path
 
 import data
 from data import Study
-from runtime.records import is_name, read_json, shown
+from runtime.records import is_name, printable, read_json
 
-MAX_LINE = 1_000_000  # bytes of a table's line; a real one has some hundred, one of a bomb that was packed as .gz has no end
+# bytes of one line of a csv: a real one has some hundred, that of a bomb packed as .gz has no end
+MAX_LINE = 1_000_000
 
 
 @dataclass
 class Benchmark:
-    """Studies with labels {class: 1 or 0} (or a task's classes), images relative to `images`; `headline`: the classes of the reported mean;
-    `missing`: one sentence for each thing that is absent; `notes`: counts of what was left out on purpose."""
+    """A dataset as it is asked and scored.
+
+    name      as it is printed
+    task      data.Task whose findings are asked
+    images    folder that image paths are relative to
+    studies   list of data.Study; their labels are {finding: class of the task}
+    headline  the findings whose mean is reported
+    missing   one sentence for each thing that is absent
+    notes     sentences that count what was left out on purpose
+    """
     name: str
     task: data.Task
     images: Path
@@ -38,11 +50,17 @@ class Benchmark:
 
 
 def with_images(benchmark):
-    """Leaves out the studies without their images and says which those are; images are opened as far as their header."""
+    """Leaves out the studies without their images.
+
+    benchmark  changed in place: `missing` says which studies those are; images are opened as far as
+               their header
+    Returns the benchmark. Raises ValueError where two studies have the same id.
+    """
     there, seen = [], set()
     for study in benchmark.studies:
         if study.id in seen:
-            raise ValueError(f"{benchmark.name}: {shown(study.id)} stands there twice, expected it once")
+            raise ValueError(f"{benchmark.name}: {printable(study.id)} stands there twice, "
+                             "expected it once")
         seen.add(study.id)
         try:
             for path in study.images:
@@ -55,49 +73,62 @@ def with_images(benchmark):
     return benchmark
 
 
-# ------------------------------------------------------------------------------------------------------------- the files
+# ----------------------------------------------------------------------------------- the files
 
-def table(path):
-    """Yields (line, [field, ...]) of a .csv or .csv.gz, the head first, without empty lines. Raises ValueError naming file and line where
-    it is no table in UTF-8, or a line does not end."""
+def csv_lines(path):
+    """Yields the lines of a .csv or .csv.gz without the empty ones, the head first.
+
+    path  the file
+    Yields (line number, [field, ...]). Raises ValueError naming file and line where it is no CSV
+    file in UTF-8, or a line does not end.
+    """
     opened = gzip.open if str(path).endswith(".gz") else open
-
-    def lines(file):
-        encoding = "utf-8-sig"
-        while line := file.readline(MAX_LINE):
-            if len(line) == MAX_LINE:
-                raise ValueError(f"expected a line of less than {MAX_LINE:,} bytes")
-            yield line.decode(encoding)
-            encoding = "utf-8"
-
     with opened(path, "rb") as file:
-        reader = csv.reader(lines(file), strict=True)
+        reader = csv.reader(decoded_lines(file), strict=True)
         try:
-            for row in reader:
-                if row:
-                    yield reader.line_num, row
+            for fields in reader:
+                if fields:
+                    yield reader.line_num, fields
         except (csv.Error, ValueError, EOFError, zlib.error, gzip.BadGzipFile) as error:
-            line = reader.line_num + (not isinstance(error, csv.Error))  # the others stop before it is counted
+            # only csv.Error comes after its line was counted
+            line = reader.line_num + (not isinstance(error, csv.Error))
             raise ValueError(f"{path}:{line}: no line of a CSV file in UTF-8: {error}") from None
 
 
-def rows(path, *columns):
-    """Yields (line, {column: text}) of a `table`. Raises ValueError naming file and line if a column is absent or there twice, or a row ends
-    before it."""
-    lines = table(path)
-    head = [name.strip() for name in next(lines, (1, []))[1]]
+def decoded_lines(file):
+    """Yields the lines of an open file as text. Raises ValueError for one of MAX_LINE bytes."""
+    encoding = "utf-8-sig"
+    while line := file.readline(MAX_LINE):
+        if len(line) == MAX_LINE:
+            raise ValueError(f"expected a line of less than {MAX_LINE:,} bytes")
+        yield line.decode(encoding)
+        encoding = "utf-8"
+
+
+def csv_columns(path, *columns):
+    """Yields some columns of a .csv or .csv.gz, line by line.
+
+    path     the file
+    columns  their names in its head
+    Yields (line number, {column: text}). Raises ValueError naming file and line as `csv_lines`
+    does, and where a column is absent or there twice, or a line ends before it.
+    """
+    lines = csv_lines(path)
+    _, head = next(lines, (1, []))
+    head = [name.strip() for name in head]
     for column in columns:
         if head.count(column) != 1:
-            raise ValueError(f"{path}:1: expected one column {column!r}, found {', '.join(map(shown, head)) or 'nothing'}")
-    at = {column: head.index(column) for column in columns}
-    for line, row in lines:
-        if len(row) <= max(at.values()):
-            raise ValueError(f"{path}:{line}: {len(row)} fields, expected {len(head)}")
-        yield line, {column: row[i].strip() for column, i in at.items()}
+            found = ", ".join(map(printable, head)) or "nothing"
+            raise ValueError(f"{path}:1: expected one column {column!r}, found {found}")
+    place = {column: head.index(column) for column in columns}
+    for line, fields in lines:
+        if len(fields) <= max(place.values()):
+            raise ValueError(f"{path}:{line}: {len(fields)} fields, expected {len(head)}")
+        yield line, {column: fields[i].strip() for column, i in place.items()}
 
 
 def read_text(path):
-    """Raises ValueError naming the file if it is no text in UTF-8."""
+    """The content of a text file. Raises ValueError naming the file if it is no text in UTF-8."""
     try:
         return Path(path).read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
@@ -105,7 +136,12 @@ def read_text(path):
 
 
 def label(text, where):
-    """'1', '0.0', '-1.0' or '' -> 1, 0, -1 or None."""
+    """A label as the datasets write it: '1', '0.0', '-1.0' or '' -> 1, 0, -1 or None.
+
+    text   the field
+    where  'file:line', for the message
+    Raises ValueError for anything else.
+    """
     try:
         value = None if text == "" else float(text)
     except ValueError:
@@ -116,14 +152,30 @@ def label(text, where):
 
 
 def number(text, where):
-    """'50414267' or '50414267.0' -> '50414267', MIMIC's numbers of subjects and studies."""
+    """MIMIC's number of a subject or study: '50414267' or '50414267.0' -> '50414267'.
+
+    text   the field
+    where  'file:line: column', for the message
+    Raises ValueError for anything else.
+    """
     if not re.fullmatch(r"[0-9]{1,20}(\.0*)?", text):
         raise ValueError(f"{where}: {text!r}, expected a number")
     return text.partition(".")[0]
 
 
+def subject_and_study(row, where):
+    """MIMIC's two numbers in a line that has the columns subject_id and study_id."""
+    subject = number(row["subject_id"], f"{where}: subject_id")
+    return subject, number(row["study_id"], f"{where}: study_id")
+
+
 def find(folder, *patterns):
-    """The first file below `folder` that matches the first pattern that any does. Raises FileNotFoundError naming what was looked for."""
+    """The file below a folder that matches the first of the patterns that any file matches.
+
+    folder    where to look
+    patterns  as Path.glob takes them
+    Returns the first such file in alphabetical order. Raises FileNotFoundError naming the patterns.
+    """
     for pattern in patterns:
         if found := sorted(Path(folder).glob(pattern)):
             return found[0]
@@ -131,50 +183,89 @@ def find(folder, *patterns):
 
 
 def images_below(folder):
-    """{file name: path relative to `folder`} of all images below it, however the archives were unpacked. Raises ValueError where two have
-    the same name."""
+    """All images below a folder, however the archives were unpacked.
+
+    Returns {file name: path relative to `folder`}. Raises ValueError where two have the same name.
+    """
     found = {}
     for path in sorted(Path(folder).rglob("*")):
         if path.suffix.lower() in (".png", ".jpg", ".jpeg"):
             if path.name in found:
-                raise ValueError(f"{path}: {found[path.name]} has the same name, expected each image once below {folder}")
+                raise ValueError(f"{path}: {found[path.name]} has the same name, "
+                                 f"expected each image once below {folder}")
             found[path.name] = str(path.relative_to(folder))
     return found
 
 
-def binary_task(name, classes):
-    """A task whose classes are asked one by one, with the chest task's prompts."""
-    return replace(data.CHEST, name=name, findings=tuple(classes), classes=(1, 0))
+def binary_task(name, findings):
+    """A task of findings that are present (1) or not (0), with the chest task's prompts.
+
+    name      of the task
+    findings  their names, in order
+    """
+    return replace(data.CHEST, name=name, findings=tuple(findings), classes=(1, 0))
 
 
-# ------------------------------------------------------------------------------------------------- MS-CXR-T, MIMIC-CXR
+# --------------------------------------------------------------------------------------- MS-CXR-T
 
-MS_CXR_T = {"Consolidation": "consolidation", "Pleural Effusion": "pleural_effusion", "Pneumonia": "pneumonia", "Pneumothorax": "pneumothorax",
-            "Edema": "edema"}  # finding: its column, without _progression; in the order of the paper's tables
+# finding: its column, without _progression; in the order of the paper's tables
+MS_CXR_T = {
+    "Consolidation": "consolidation",
+    "Pleural Effusion": "pleural_effusion",
+    "Pneumonia": "pneumonia",
+    "Pneumothorax": "pneumothorax",
+    "Edema": "edema",
+}
 
-_COURSE = {  # words of a radiologist's comparison; * stands for up to four words between
-    "improving": "improving improved improvement better decreased decreasing decrease smaller resolved resolving resolution cleared clearing",
+# the words of a radiologist's comparison
+_COURSE = {
+    "improving": "improving improved improvement better decreased decreasing decrease smaller "
+                 "resolved resolving resolution cleared clearing",
     "stable": "stable unchanged persistent similar constant",
-    "worsening": "worsening worsened worse increased increasing increase larger enlarged enlarging progressed progressing"}
+    "worsening": "worsening worsened worse increased increasing increase larger enlarged enlarging "
+                 "progressed progressing",
+}
 
-_TWO_FILMS = "The first chest X-ray is the patient's earlier film, the second is the current one. Compared with the earlier film,"
+
+def _phrases(words):
+    """The phrases of a class: a word behind or before the finding, up to four words (*) between."""
+    return [phrase for word in words.split()
+            for phrase in (f"{{finding}} * {word}", f"{word} * {{finding}}")]
+
+
+_TWO_FILMS = ("The first chest X-ray is the patient's earlier film, the second is the current one. "
+              "Compared with the earlier film,")
 PROGRESSION = data.make_task({
     "name": "MS-CXR-T progression",
-    "findings": {"Consolidation": ["consolidation", "consolidations"], "Pneumonia": ["pneumonia"], "Edema": ["edema", "oedema"],
-                 "Pleural Effusion": ["pleural effusion", "pleural effusions", "effusion", "effusions"],
-                 "Pneumothorax": ["pneumothorax", "pneumothoraces"]},
-    "classes": {value: [phrase for word in words.split() for phrase in (f"{{finding}} * {word}", f"{word} * {{finding}}")]
-                for value, words in _COURSE.items()},
-    "prompts": {"system": data.CHEST.prompts["system"],
-                "student": f"{_TWO_FILMS} is each of consolidation, pleural effusion, pneumonia, pneumothorax and edema improving, stable or "
-                           "worsening?",
-                "question": f"{_TWO_FILMS} is the {{finding}} {{options}}?",
-                "teacher": "{diseases}", "compare": "{readers}"}}, "MS-CXR-T progression")
+    "findings": {
+        "Consolidation": ["consolidation", "consolidations"],
+        "Pneumonia": ["pneumonia"],
+        "Edema": ["edema", "oedema"],
+        "Pleural Effusion": ["pleural effusion", "pleural effusions", "effusion", "effusions"],
+        "Pneumothorax": ["pneumothorax", "pneumothoraces"],
+    },
+    "classes": {course: _phrases(words) for course, words in _COURSE.items()},
+    "prompts": {
+        "system": data.CHEST.prompts["system"],
+        "student": f"{_TWO_FILMS} is each of consolidation, pleural effusion, pneumonia, "
+                   "pneumothorax and edema improving, stable or worsening?",
+        "question": f"{_TWO_FILMS} is the {{finding}} {{options}}?",
+        "teacher": "{diseases}",
+        "compare": "{readers}",
+    },
+}, "MS-CXR-T progression")
 
 
 def mimic_image(root, image, subject, study):
-    """The path of a film below `root`, the folder of MIMIC-CXR-JPG or its files/. image: 'p10/p10000032/s50414267/<dicom_id>', with or without
-    files/ before and .jpg behind, or a bare dicom_id."""
+    """The path of a film below the folder of MIMIC-CXR-JPG.
+
+    root     that folder, or its files/
+    image    'p10/p10000032/s50414267/<dicom_id>', with or without files/ before it and .jpg behind
+             it, or a bare dicom_id
+    subject  its number, text
+    study    its number, text
+    Returns the path relative to `root`.
+    """
     image = image.removeprefix("files/").removesuffix(".jpg")
     if "/" not in image:
         image = f"p{subject[:2]}/p{subject}/s{study}/{image}"
@@ -182,82 +273,154 @@ def mimic_image(root, image, subject, study):
 
 
 def chexpert_labels(path, findings):
-    """{study number: {finding: 1, 0, -1 or None}} of mimic-cxr-2.0.0-chexpert.csv.gz, its negbio twin, or the hand-labelled test set."""
-    return {number(row["study_id"], f"{path}:{line}: study_id"): {f: label(row[f], f"{path}:{line}: {f}") for f in findings}
-            for line, row in rows(path, "study_id", *findings)}
+    """The labels of MIMIC-CXR's studies.
+
+    path      mimic-cxr-2.0.0-chexpert.csv.gz, its negbio twin, or the hand-labelled test set
+    findings  the columns to read
+    Returns {study number: {finding: 1, 0, -1 or None}}. Raises ValueError naming file and line.
+    """
+    labels = {}
+    for line, row in csv_columns(path, "study_id", *findings):
+        study = number(row["study_id"], f"{path}:{line}: study_id")
+        labels[study] = {finding: label(row[finding], f"{path}:{line}: {finding}")
+                         for finding in findings}
+    return labels
 
 
 def ms_cxr_t(path, images, task, chexpert=None, blank="exclude"):
-    """MS_CXR_T_temporal_image_classification_v1.0.0.csv as studies.
+    """MS-CXR-T as studies.
 
-    task 'progression': two films (earlier, current), classes improving / stable / worsening, the file's own labels.
-    task 'presence': the current film, classes 1 / 0 of its study in `chexpert`; -1 is left out, and so is a finding not mentioned unless
-    blank='negative'. The paper does not say which one it reports.
+    path      MS_CXR_T_temporal_image_classification_v1.0.0.csv
+    images    folder of MIMIC-CXR-JPG, or its files/
+    task      'progression': two films (earlier, current), classes improving / stable / worsening,
+              the file's own labels; 'presence': the current film, classes 1 / 0 of its study. The
+              paper does not say which one it reports
+    chexpert  mimic-cxr-2.0.0-chexpert.csv.gz, the labels of presence; -1 is left out
+    blank     'exclude' leaves out a finding that the report does not mention, 'negative' makes it 0
+    Returns a Benchmark. Raises ValueError naming file and line.
     """
-    courses = {finding: f"{column}_progression" for finding, column in MS_CXR_T.items()}
-    columns = ["subject_id", "study_id", "dicom_id"]
     if task == "progression":
-        columns += ["previous_study_id", "previous_dicom_id", *courses.values()]
-    present = chexpert_labels(chexpert, MS_CXR_T) if task == "presence" else {}
-    studies, missing, excluded, seen = [], [], 0, set()
-    for line, row in rows(path, *columns):
+        return progression(path, images)
+    return presence(path, images, chexpert, blank)
+
+
+def study_of(films, labels):
+    """A study of MS-CXR-T, named by its films."""
+    return Study(" ".join(Path(film).stem for film in films), films, labels, {})
+
+
+def progression(path, images):
+    """`ms_cxr_t` for the task 'progression'."""
+    courses = {finding: f"{column}_progression" for finding, column in MS_CXR_T.items()}
+    columns = ("subject_id", "study_id", "dicom_id", "previous_study_id", "previous_dicom_id")
+    studies, seen = [], set()
+    for line, row in csv_columns(path, *columns, *courses.values()):
         where = f"{path}:{line}"
-        subject, study = number(row["subject_id"], f"{where}: subject_id"), number(row["study_id"], f"{where}: study_id")
-        film = mimic_image(images, row["dicom_id"], subject, study)
-        if task == "progression":
-            before = mimic_image(images, row["previous_dicom_id"], subject, number(row["previous_study_id"], f"{where}: previous_study_id"))
-            labels = {finding: row[column].lower() for finding, column in courses.items() if row[column]}
-            if wrong := [text for text in labels.values() if text not in PROGRESSION.classes]:
-                raise ValueError(f"{where}: {wrong[0]!r}, expected {', '.join(PROGRESSION.classes)} or nothing")
-            films = (before, film)
-        elif study not in present:
-            missing.append(f"study {study}: not in {chexpert}")
-            continue
-        else:
-            labels, films = {f: 0 if value is None and blank == "negative" else value for f, value in present[study].items()}, (film,)
-            excluded += sum(value in (None, -1) for value in labels.values()) if films not in seen else 0
-            labels = {f: value for f, value in labels.items() if value in (0, 1)}
+        subject, study = subject_and_study(row, where)
+        before = number(row["previous_study_id"], f"{where}: previous_study_id")
+        films = (mimic_image(images, row["previous_dicom_id"], subject, before),
+                 mimic_image(images, row["dicom_id"], subject, study))
+        labels = {finding: row[column].lower()
+                  for finding, column in courses.items() if row[column]}
+        for course in labels.values():
+            if course not in PROGRESSION.classes:
+                raise ValueError(f"{where}: {course!r}, expected {', '.join(PROGRESSION.classes)} "
+                                 "or nothing")
         if films in seen:
-            if task == "progression":
-                raise ValueError(f"{where}: the pair {shown(' '.join(films))} stands there twice, expected it once")
-            continue  # a film that is the current one of several pairs
+            raise ValueError(f"{where}: the pair {printable(' '.join(films))} stands there twice, "
+                             "expected it once")
         seen.add(films)
         if labels:
-            studies.append(Study(" ".join(Path(film).stem for film in films), films, labels, {}))
-    notes = [f"{excluded} labels left out that are uncertain" + (" or not mentioned" if blank == "exclude" else "")] if task == "presence" else []
-    asked = PROGRESSION if task == "progression" else binary_task("MS-CXR-T presence", MS_CXR_T)
-    return Benchmark(f"MS-CXR-T, {task}", asked, Path(images), studies, tuple(MS_CXR_T), list(dict.fromkeys(missing)), notes)
+            studies.append(study_of(films, labels))
+    return Benchmark("MS-CXR-T, progression", PROGRESSION, Path(images), studies, tuple(MS_CXR_T))
 
+
+def presence(path, images, chexpert, blank):
+    """`ms_cxr_t` for the task 'presence'."""
+    labels_of = chexpert_labels(chexpert, MS_CXR_T)
+    studies, missing, excluded, seen = [], [], 0, set()
+    for line, row in csv_columns(path, "subject_id", "study_id", "dicom_id"):
+        subject, study = subject_and_study(row, f"{path}:{line}")
+        film = mimic_image(images, row["dicom_id"], subject, study)
+        if study not in labels_of:
+            missing.append(f"study {study}: not in {chexpert}")
+            continue
+        if film in seen:
+            continue  # it is the current film of several pairs
+        seen.add(film)
+        labels = labels_of[study]
+        if blank == "negative":
+            labels = {finding: 0 if value is None else value for finding, value in labels.items()}
+        excluded += sum(value in (None, -1) for value in labels.values())
+        labels = {finding: value for finding, value in labels.items() if value in (0, 1)}
+        if labels:
+            studies.append(study_of((film,), labels))
+    note = f"{excluded} labels left out that are uncertain"
+    if blank == "exclude":
+        note += " or not mentioned"
+    task = binary_task("MS-CXR-T presence", MS_CXR_T)
+    return Benchmark("MS-CXR-T, presence", task, Path(images), studies, tuple(MS_CXR_T),
+                     list(dict.fromkeys(missing)), [note])
+
+
+# ------------------------------------------------------------------------------ MIMIC-CXR's reports
 
 def annotation(path, images, split="test"):
-    """R2Gen's annotation.json: {"train" | "val" | "test": [{"id", "report", "image_path": [...]}]}, one item an image, the report its findings
-    section. `split`: test, train, or validate, which this file calls val."""
+    """The reports of R2Gen's annotation.json as studies.
+
+    path    the file: {"train" | "val" | "test": [{"id", "report", "image_path": [...]}]}, one item
+            an image, the report its findings section
+    images  folder that image_path is relative to
+    split   test, train, or validate, which this file calls val
+    Returns a Benchmark. Raises ValueError naming the file and the item.
+    """
     content, key = read_json(path), {"validate": "val"}.get(split, split)
     if not isinstance(content, dict) or not isinstance(content.get(key), list):
         raise ValueError(f'{path}: expected an object with a list "{key}"')
     studies = []
     for at, item in enumerate(content[key]):
-        fits = isinstance(item, dict) and is_name(item.get("id")) and isinstance(item.get("report"), str) \
-            and isinstance(item.get("image_path"), list) and item["image_path"] and all(map(is_name, item["image_path"]))
-        if not fits:
-            raise ValueError(f'{path}: {key}[{at}]: expected {{"id": text, "report": text, "image_path": [text, ...]}}')
-        studies.append(Study(item["id"], tuple(item["image_path"]), {}, {}, item["report"], split))
+        if not is_annotated(item):
+            raise ValueError(f'{path}: {key}[{at}]: expected '
+                             '{"id": text, "report": text, "image_path": [text, ...]}')
+        films = tuple(item["image_path"])
+        studies.append(Study(item["id"], films, {}, {}, item["report"], split))
     return Benchmark("MIMIC-CXR reports, annotation.json", data.CHEST, Path(images), studies)
 
 
+def is_annotated(item):
+    """Whether it is an item of annotation.json."""
+    if not isinstance(item, dict):
+        return False
+    paths = item.get("image_path")
+    has_paths = isinstance(paths, list) and len(paths) > 0 and all(map(is_name, paths))
+    return has_paths and is_name(item.get("id")) and isinstance(item.get("report"), str)
+
+
 HEADER = re.compile(r"\n ([A-Z ()/,-]+):\s")
-SECTION_NAMES = {"conclusion": "impression", "conclusions": "impression", "findings and impression": "impression", "opinion": "impression",
-                 "interpretation": "impression", "summary": "impression"}
-VIEW = re.compile(r"\b(pa and lateral|ap and lateral|pa/lateral|ap|pa|lateral|portable|upright|view|views|chest|radiograph|radiographs)\b")
+SECTION_NAMES = {
+    "conclusion": "impression",
+    "conclusions": "impression",
+    "findings and impression": "impression",
+    "opinion": "impression",
+    "interpretation": "impression",
+    "summary": "impression",
+}
+VIEW = re.compile(r"\b(pa and lateral|ap and lateral|pa/lateral|ap|pa|lateral|portable|upright|"
+                  r"view|views|chest|radiograph|radiographs)\b")
 
 
 def report_sections(text):
-    """A MIMIC-CXR report file's sections, {name: text}, blanks as they stand in it; of two sections with the same name the later counts.
+    """The sections of a MIMIC-CXR report file.
 
-    A header is capitals and a colon behind a line's first blank; after one the next is looked for from its line's end on. Names that mean
-    findings or impression are called so; empty ones of these two are dropped. Where neither is left, what follows the first empty line
-    of the last section is 'last_paragraph'. The conventions are those of the section parser that MIMIC-CXR's own labels were made with,
-    but for its list of 54 reports whose sections were set by hand.
+    text  the file's content
+    Returns {name: text}, blanks as the file has them; of two sections with the same name the later
+    one counts.
+
+    A header is capitals and a colon behind a line's first blank; the next one is looked for from
+    the end of its line on. Names that mean findings or impression are called so; empty ones of
+    these two are dropped. Where neither is left, what follows the first empty line of the last
+    section is 'last_paragraph'. The conventions are those of the section parser that MIMIC-CXR's
+    own labels were made with, without its list of 54 reports whose sections were set by hand.
     """
     sections, name, start = [], "preamble", 0
     header = HEADER.search(text)
@@ -268,95 +431,175 @@ def report_sections(text):
         header = HEADER.search(text, start if line_end < 0 else line_end)
     sections.append((name, text[start:]))
 
-    def canonical(name):
-        if name in SECTION_NAMES:
-            return SECTION_NAMES[name]
-        for known in ("impression", "findings", "history", "comparison", "addendum"):
-            if known in name:
-                return known
-        return "findings" if VIEW.search(name) else name
-
-    named = [(canonical(name), part) for name, part in sections]
-    named = [(name, part) for name, part in named if part.strip() or name not in ("findings", "impression")]
-    if named and not {"findings", "impression"} & {name for name, _ in named}:
-        name, part = named.pop()
+    sections = [(section_name(name), part) for name, part in sections]
+    sections = [(name, part) for name, part in sections
+                if part.strip() or name not in ("findings", "impression")]
+    if sections and not {"findings", "impression"} & {name for name, _ in sections}:
+        name, part = sections.pop()
         before, gap, after = part.partition("\n \n")
-        named += [(name, before), *([("last_paragraph", after)] if gap else [])]
-    return dict(named)
+        sections.append((name, before))
+        if gap:
+            sections.append(("last_paragraph", after))
+    return dict(sections)
+
+
+def section_name(header):
+    """What a header in lower case is called: findings, impression, another known name, itself."""
+    if header in SECTION_NAMES:
+        return SECTION_NAMES[header]
+    for known in ("impression", "findings", "history", "comparison", "addendum"):
+        if known in header:
+            return known
+    return "findings" if VIEW.search(header) else header
+
+
+FRONTAL = ("PA", "AP")  # the views of a report's film, the better one first
 
 
 def mimic_reports(folder, images, split="test", section="findings"):
-    """One frontal film (PA before AP, then by dicom_id) and one report of every study of a split. folder: mimic-cxr-reports, with files/p10/...
-    or p10/...; images: MIMIC-CXR-JPG with its split and metadata csv. section: findings, impression, or both in this order."""
+    """One frontal film (PA before AP, then by dicom_id) and one report of every study of a split.
+
+    folder   mimic-cxr-reports, with files/p10/... or p10/...
+    images   MIMIC-CXR-JPG with its split and metadata csv
+    split    train, validate or test
+    section  findings, impression, or both in this order
+    Returns a Benchmark. Raises ValueError naming file and line, FileNotFoundError without the csv
+    files.
+    """
     folder, images = Path(folder), Path(images)
-    table = find(images, "mimic-cxr-2.0.0-metadata.csv*")
-    views = {row["dicom_id"]: row["ViewPosition"] for _, row in rows(table, "dicom_id", "ViewPosition")}
-    table, films = find(images, "mimic-cxr-2.0.0-split.csv*"), {}
-    for line, row in rows(table, "dicom_id", "study_id", "subject_id", "split"):
-        key = tuple(number(row[column], f"{table}:{line}: {column}") for column in ("subject_id", "study_id"))
-        if row["split"] == split:
-            films.setdefault(key, []).append(row["dicom_id"])
-    if not films:
-        raise ValueError(f"{table}: no study of split {split!r}, expected train, validate or test")
-    root, studies, missing, lateral, silent = folder / "files" if (folder / "files").is_dir() else folder, [], [], 0, 0
+    metadata = find(images, "mimic-cxr-2.0.0-metadata.csv*")
+    views = {row["dicom_id"]: row["ViewPosition"]
+             for _, row in csv_columns(metadata, "dicom_id", "ViewPosition")}
+    films = films_of_split(images, split)
+    root = folder / "files" if (folder / "files").is_dir() else folder
+    studies, missing, lateral, silent = [], [], 0, 0
     for (subject, study), dicoms in sorted(films.items()):
-        frontal = sorted((("PA", "AP").index(views[dicom]), dicom) for dicom in dicoms if views.get(dicom) in ("PA", "AP"))
+        frontal = first_frontal(dicoms, views)
         file = root / f"p{subject[:2]}" / f"p{subject}" / f"s{study}.txt"
-        if not frontal:
+        if frontal is None:
             lateral += 1
         elif not file.is_file():
             missing.append(f"{file}: no such report")
+        elif report := report_of(read_text(file), section):
+            film = mimic_image(images, frontal, subject, study)
+            studies.append(Study(f"s{study}", (film,), {}, {}, report, split))
         else:
-            parts = report_sections(read_text(file))
-            wanted = ("findings", "impression") if section == "both" else (section,)
-            report = " ".join(" ".join(parts[name].split()) for name in wanted if name in parts)
-            silent += not report
-            if report:
-                studies.append(Study(f"s{study}", (mimic_image(images, frontal[0][1], subject, study),), {}, {}, report, split))
+            silent += 1
     notes = [f"{lateral} studies left out without a frontal film, {silent} without {section}"]
-    return Benchmark(f"MIMIC-CXR reports, {section}", data.CHEST, images, studies, (), missing, notes)
+    return Benchmark(f"MIMIC-CXR reports, {section}", data.CHEST, images, studies,
+                     missing=missing, notes=notes)
 
 
-# -------------------------------------------------------------------------------------------------------------- zero-shot
+def films_of_split(images, split):
+    """The films that MIMIC-CXR-JPG's split csv gives to a split, {(subject, study): [dicom_id]}."""
+    file, films = find(images, "mimic-cxr-2.0.0-split.csv*"), {}
+    for line, row in csv_columns(file, "dicom_id", "study_id", "subject_id", "split"):
+        key = subject_and_study(row, f"{file}:{line}")
+        if row["split"] == split:
+            films.setdefault(key, []).append(row["dicom_id"])
+    if not films:
+        raise ValueError(f"{file}: no study of split {split!r}, expected train, validate or test")
+    return films
 
-OPEN_I = ("Atelectasis", "Calcified Granuloma", "Cardiomegaly", "Edema", "Effusion", "Emphysema", "Fibrosis", "Fracture", "Granuloma", "Hernia",
-          "Infiltration", "Lesion", "Mass", "Nodule", "Opacity", "Pleural_Thickening", "Pneumonia", "Pneumothorax")
-OPEN_I_SYNONYMS = {"Pleural_Thickening": "pleural thickening", "Infiltration": "infiltrate", "Atelectasis": "atelectases"}
-CHESTX_RAY14 = ("Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia", "Pneumothorax", "Consolidation", "Edema",
-                "Emphysema", "Fibrosis", "Pleural_Thickening", "Hernia")  # also the order of the label columns in a CheXNet-style test_list.txt
-CHEXPERT = ("No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion", "Edema", "Consolidation", "Pneumonia",
-            "Atelectasis", "Pneumothorax", "Pleural Effusion", "Pleural Other", "Fracture", "Support Devices")
+
+def first_frontal(dicoms, views):
+    """The frontal film of a study, PA before AP, then by dicom_id; None where it has none."""
+    frontal = [dicom for dicom in dicoms if views.get(dicom) in FRONTAL]
+    return min(frontal, key=lambda dicom: (FRONTAL.index(views[dicom]), dicom), default=None)
+
+
+def report_of(text, section):
+    """The wanted sections of a report file in one line; '' where it has none of them."""
+    sections = report_sections(text)
+    wanted = ("findings", "impression") if section == "both" else (section,)
+    return " ".join(" ".join(sections[name].split()) for name in wanted if name in sections)
+
+
+# -------------------------------------------------------------------------------------- zero-shot
+
+OPEN_I = (
+    "Atelectasis", "Calcified Granuloma", "Cardiomegaly", "Edema", "Effusion", "Emphysema",
+    "Fibrosis", "Fracture", "Granuloma", "Hernia", "Infiltration", "Lesion", "Mass", "Nodule",
+    "Opacity", "Pleural_Thickening", "Pneumonia", "Pneumothorax")
+OPEN_I_SYNONYMS = {
+    "Pleural_Thickening": "pleural thickening",
+    "Infiltration": "infiltrate",
+    "Atelectasis": "atelectases",
+}
+# also the order of the label columns in a CheXNet-style test_list.txt
+CHESTX_RAY14 = (
+    "Atelectasis", "Cardiomegaly", "Effusion", "Infiltration", "Mass", "Nodule", "Pneumonia",
+    "Pneumothorax", "Consolidation", "Edema", "Emphysema", "Fibrosis", "Pleural_Thickening",
+    "Hernia")
+CHEXPERT = (
+    "No Finding", "Enlarged Cardiomediastinum", "Cardiomegaly", "Lung Opacity", "Lung Lesion",
+    "Edema", "Consolidation", "Pneumonia", "Atelectasis", "Pneumothorax", "Pleural Effusion",
+    "Pleural Other", "Fracture", "Support Devices")
 CHEXPERT_FIVE = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Pleural Effusion")
-CHESTX_DET10 = ("Atelectasis", "Calcification", "Consolidation", "Effusion", "Emphysema", "Fibrosis", "Fracture", "Mass", "Nodule", "Pneumothorax")
+CHESTX_DET10 = (
+    "Atelectasis", "Calcification", "Consolidation", "Effusion", "Emphysema", "Fibrosis",
+    "Fracture", "Mass", "Nodule", "Pneumothorax")
 
 
 def open_i(folder):
-    """Open-I, NLMCXR_reports.tgz and NLMCXR_png.tgz unpacked anywhere below `folder`: all images of all reports. A label counts where it, or
-    its synonym, is part of the report's automatic MeSH terms, 'Granuloma' also inside 'Calcified Granuloma': the 18 labels of the literature."""
+    """Open-I: all images of all reports, with the 18 labels of the literature.
+
+    folder  NLMCXR_reports.tgz and NLMCXR_png.tgz unpacked anywhere below it
+    Returns a Benchmark. Raises FileNotFoundError without reports, ValueError naming one that is no
+    XML.
+    """
     folder = Path(folder)
-    files, images = sorted(folder.rglob("ecgen-radiology/*.xml")) or sorted(folder.glob("*.xml")), images_below(folder)
+    files = sorted(folder.rglob("ecgen-radiology/*.xml")) or sorted(folder.glob("*.xml"))
+    images = images_below(folder)
     if not files:
         raise FileNotFoundError(f"{folder}: no ecgen-radiology/*.xml")
     studies, missing, without = [], [], 0
     for file in files:
-        try:
-            report = ElementTree.parse(file)
-        except (ElementTree.ParseError, ValueError, LookupError) as error:  # the last two for an encoding that Python does not know
-            raise ValueError(f"{file}: not an XML file: {error}") from None
-        terms = "|".join(sorted(node.text or "" for node in report.iterfind(".//MeSH/automatic"))).lower()
-        labels = {name: int(name.lower() in terms or OPEN_I_SYNONYMS.get(name, name.lower()) in terms) for name in OPEN_I}
+        report = read_xml(file)
+        labels = open_i_labels(report)
         names = [f"{node.get('id')}.png" for node in report.iterfind(".//parentImage")]
         without += not names
-        missing += [f"{name}: of {file.name}, no such image" for name in names if name not in images]
-        studies += [Study(name, (images[name],), labels, {}) for name in names if name in images]
-    return Benchmark("Open-I", binary_task("Open-I", OPEN_I), folder, studies, OPEN_I, missing, [f"{without} reports have no image"])
+        for name in names:
+            if name in images:
+                studies.append(Study(name, (images[name],), labels, {}))
+            else:
+                missing.append(f"{name}: of {file.name}, no such image")
+    return Benchmark("Open-I", binary_task("Open-I", OPEN_I), folder, studies, OPEN_I, missing,
+                     [f"{without} reports have no image"])
+
+
+def read_xml(file):
+    """An XML file as a tree. Raises ValueError naming the file if it is none."""
+    try:
+        return ElementTree.parse(file)
+    # the last two come for an encoding that Python does not know
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise ValueError(f"{file}: not an XML file: {error}") from None
+
+
+def open_i_labels(report):
+    """The 18 labels of a report, {finding: 1 or 0}: 1 where the finding or its synonym is part of
+    the report's automatic MeSH terms, 'Granuloma' also inside 'Calcified Granuloma'."""
+    terms = sorted(node.text or "" for node in report.iterfind(".//MeSH/automatic"))
+    terms = "|".join(terms).lower()
+    labels = {}
+    for name in OPEN_I:
+        synonym = OPEN_I_SYNONYMS.get(name, name.lower())
+        labels[name] = int(name.lower() in terms or synonym in terms)
+    return labels
 
 
 def chestx_ray14(folder):
-    """ChestX-ray14: test_list.txt, with Data_Entry_2017*.csv (NIH's, one name a line) or with the labels in it (CheXNet's, 'name 0 1 ...'), and
-    the images anywhere below `folder`."""
+    """ChestX-ray14's test images.
+
+    folder  has test_list.txt, with Data_Entry_2017*.csv (NIH's, one name a line) or with the labels
+            in it (CheXNet's, 'name 0 1 ...'), and the images anywhere below it
+    Returns a Benchmark. Raises FileNotFoundError without these files, ValueError naming file and
+    line.
+    """
     folder = Path(folder)
-    listed, images, studies, missing, entries = find(folder, "test_list.txt", "**/test_list.txt"), images_below(folder), [], [], None
+    listed = find(folder, "test_list.txt", "**/test_list.txt")
+    images, studies, missing, entries = images_below(folder), [], [], None
     for line, text in enumerate(read_text(listed).split("\n"), 1):
         if not text.strip():
             continue
@@ -364,8 +607,10 @@ def chestx_ray14(folder):
         name = Path(path).name
         if values:
             if len(values) != len(CHESTX_RAY14):
-                raise ValueError(f"{listed}:{line}: {len(values)} labels, expected {len(CHESTX_RAY14)} or none")
-            labels = {finding: label(value, f"{listed}:{line}") for finding, value in zip(CHESTX_RAY14, values)}
+                raise ValueError(f"{listed}:{line}: {len(values)} labels, "
+                                 f"expected {len(CHESTX_RAY14)} or none")
+            labels = {finding: label(value, f"{listed}:{line}")
+                      for finding, value in zip(CHESTX_RAY14, values)}
         else:
             entries = _data_entries(folder) if entries is None else entries
             labels = entries.get(name)
@@ -375,61 +620,101 @@ def chestx_ray14(folder):
             missing.append(f"{name}: of {listed}, no such image")
         else:
             studies.append(Study(name, (images[name],), labels, {}))
-    return Benchmark("ChestX-ray14", binary_task("ChestX-ray14", CHESTX_RAY14), folder, studies, CHESTX_RAY14, missing)
+    return Benchmark("ChestX-ray14", binary_task("ChestX-ray14", CHESTX_RAY14), folder, studies,
+                     CHESTX_RAY14, missing)
 
 
 def _data_entries(folder):
-    table, entries = find(folder, "Data_Entry_2017*.csv*", "**/Data_Entry_2017*.csv*"), {}
-    for line, row in rows(table, "Image Index", "Finding Labels"):  # behind them stand headers with commas inside brackets
+    """{image name: {finding: 1 or 0}} of NIH's Data_Entry_2017*.csv."""
+    file, entries = find(folder, "Data_Entry_2017*.csv*", "**/Data_Entry_2017*.csv*"), {}
+    # the headers behind these two have commas inside brackets
+    for line, row in csv_columns(file, "Image Index", "Finding Labels"):
         named = row["Finding Labels"].split("|")
         if unknown := set(named) - {*CHESTX_RAY14, "No Finding"}:
-            raise ValueError(f"{table}:{line}: unknown finding {sorted(unknown)[0]!r}, expected some of {', '.join(CHESTX_RAY14)} or No Finding")
+            raise ValueError(f"{file}:{line}: unknown finding {sorted(unknown)[0]!r}, "
+                             f"expected some of {', '.join(CHESTX_RAY14)} or No Finding")
         entries[row["Image Index"]] = {finding: int(finding in named) for finding in CHESTX_RAY14}
     return entries
 
 
 def chexpert(folder, labels=None):
-    """CheXpert: a label file with Path (valid.csv, test_labels.csv; per image) or Study (groundtruth.csv; all views below that folder), the
-    first part of which names the release and stands for `folder`. Uncertain and blank labels are left out. Each study's record has "group",
-    its study, for scores per study. The headline is the mean of the five competition labels."""
+    """CheXpert's images; the headline is the mean of the five competition labels.
+
+    folder  the one that holds valid/ or test/
+    labels  a file with Path (valid.csv, test_labels.csv; labels per image) or Study
+            (groundtruth.csv; labels of all views below that folder); the first part of both names
+            the release, which is `folder`. None: the first such file below `folder`. Uncertain and
+            blank labels are left out
+    Returns a Benchmark; each study's record has "group", its study, for scores per study. Raises
+    FileNotFoundError without a label file, ValueError naming file and line.
+    """
     folder = Path(folder)
-    listed = Path(labels) if labels else find(folder, "**/groundtruth.csv", "**/test_labels.csv", "**/valid.csv")
-    key = "Study" if "Study" in next(table(listed), (1, []))[1] else "Path"
+    patterns = ("**/groundtruth.csv", "**/test_labels.csv", "**/valid.csv")
+    listed = Path(labels) if labels else find(folder, *patterns)
+    _, head = next(csv_lines(listed), (1, []))
+    key = "Study" if "Study" in head else "Path"
     studies, missing = [], []
-    for line, row in rows(listed, key, *CHEXPERT):
+    for line, row in csv_columns(listed, key, *CHEXPERT):
         values = {name: label(row[name], f"{listed}:{line}: {name}") for name in CHEXPERT}
         values = {name: value for name, value in values.items() if value in (0, 1)}
-        first, _, inside = row[key].partition("/")
-        path = inside if first.startswith("CheXpert") else row[key]
-        try:
-            place = data.image_path(path, folder)
-            views = [path] if key == "Path" else [str(Path(path) / film.name) for film in sorted(place.glob("*.jpg"))]
-            there = bool(views) and all((folder / view).is_file() for view in views)
-        except (ValueError, OSError):  # it leads out of the folder, or is no path at all
-            there = False
-        if not there:
+        views = chexpert_views(folder, row[key], key)
+        if not views:
             missing.append(f"{row[key]}: of {listed}, no such image")
-            continue
-        studies += [Study(view, (view,), values, {}, record={"group": str(Path(view).parent)}) for view in views]
-    return Benchmark("CheXpert", binary_task("CheXpert", CHEXPERT), folder, studies, CHEXPERT_FIVE, missing, [f"labels of {listed.name}"])
+        for view in views:
+            group = {"group": str(Path(view).parent)}
+            studies.append(Study(view, (view,), values, {}, record=group))
+    return Benchmark("CheXpert", binary_task("CheXpert", CHEXPERT), folder, studies, CHEXPERT_FIVE,
+                     missing, [f"labels of {listed.name}"])
+
+
+def chexpert_views(folder, listed, key):
+    """The images of a line of a label file, relative to `folder`; none unless all are there."""
+    release, _, inside = listed.partition("/")
+    path = inside if release.startswith("CheXpert") else listed
+    try:
+        place = data.image_path(path, folder)
+        views = [path]
+        if key == "Study":
+            views = [str(Path(path) / film.name) for film in sorted(place.glob("*.jpg"))]
+        return views if all((folder / view).is_file() for view in views) else []
+    except (ValueError, OSError):  # it leads out of the folder, or is no path at all
+        return []
 
 
 def chestx_det10(folder):
-    """ChestX-Det10: test.json, [{"file_name", "syms", "boxes"}]; a sym stands there once a box, none is no finding."""
+    """ChestX-Det10's test images.
+
+    folder  has test.json, [{"file_name", "syms", "boxes"}], and the images anywhere below it; a sym
+            is there once a box, an empty list is no finding
+    Returns a Benchmark. Raises FileNotFoundError without test.json, ValueError naming the item.
+    """
     folder = Path(folder)
-    listed, images, studies, missing = find(folder, "test.json", "**/test.json"), images_below(folder), [], []
+    listed = find(folder, "test.json", "**/test.json")
+    images, studies, missing = images_below(folder), [], []
     items = read_json(listed)
     if not isinstance(items, list):
         raise ValueError(f"{listed}: expected a list of objects, found {type(items).__name__}")
     for at, item in enumerate(items):
-        fits = isinstance(item, dict) and is_name(item.get("file_name")) and isinstance(item.get("syms"), list)
-        if not fits or not all(isinstance(sym, str) for sym in item["syms"]):
-            raise ValueError(f'{listed}: [{at}]: expected {{"file_name": text, "syms": [text, ...]}}')
+        if not is_boxed(item):
+            raise ValueError(f'{listed}: [{at}]: expected '
+                             '{"file_name": text, "syms": [text, ...]}')
         if unknown := set(item["syms"]) - set(CHESTX_DET10):
-            raise ValueError(f"{listed}: [{at}]: unknown finding {sorted(unknown)[0]!r}, expected some of {', '.join(CHESTX_DET10)}")
+            raise ValueError(f"{listed}: [{at}]: unknown finding {sorted(unknown)[0]!r}, "
+                             f"expected some of {', '.join(CHESTX_DET10)}")
         name = item["file_name"]
         if name in images:
-            studies.append(Study(name, (images[name],), {finding: int(finding in item["syms"]) for finding in CHESTX_DET10}, {}))
+            labels = {finding: int(finding in item["syms"]) for finding in CHESTX_DET10}
+            studies.append(Study(name, (images[name],), labels, {}))
         else:
             missing.append(f"{name}: of {listed}, no such image")
-    return Benchmark("ChestX-Det10", binary_task("ChestX-Det10", CHESTX_DET10), folder, studies, CHESTX_DET10, missing)
+    return Benchmark("ChestX-Det10", binary_task("ChestX-Det10", CHESTX_DET10), folder, studies,
+                     CHESTX_DET10, missing)
+
+
+def is_boxed(item):
+    """Whether it is an item of ChestX-Det10's test.json."""
+    if not isinstance(item, dict):
+        return False
+    syms = item.get("syms")
+    has_syms = isinstance(syms, list) and all(isinstance(sym, str) for sym in syms)
+    return has_syms and is_name(item.get("file_name"))

@@ -1,7 +1,8 @@
-"""Long work that is on disk as it is done: shared over the ranks, gone on with where it stopped; and a results file, with all that is missing.
+"""A results file: what was measured, with its settings and all that is missing.
 
     RESULTS.json           {"settings", "rows", "missing", "table", ...}, written whole at the end
-    RESULTS.json.parts/    part-RANK.jsonl, [key, value] a line, while the work goes on; the same command goes on from there
+    RESULTS.json.parts/    part-RANK.jsonl, [key, value] a line, while the work goes on; the same
+                           command continues from there
 """
 
 import hashlib
@@ -9,113 +10,89 @@ import json
 import shutil
 from pathlib import Path
 
-from tqdm import tqdm
-
 import data
-import training
-from runtime import checkpoint, ranks
-from runtime.records import shown
+from runtime import ranks
+from runtime.checkpoint import fingerprint
+from runtime.records import printable, write_text
 
 QUIET = ("json", "strict", "num_workers", "output")  # flags that change no figure
 
 
 def begin(args, inputs, benches):
-    """inputs: files and student folders; benches: datasets.Benchmark with the studies to be asked. -> (what --output holds of this very
-    command on these very files, or None; its settings; the folder of its parts, or None without --output)."""
-    asked = [[s.id, s.images, s.labels, s.report, [data.image_path(path, bench.images).stat().st_size for path in s.images]]
-             for bench in benches for s in bench.studies]
+    """What --output holds already, before anything is asked.
+
+    args     flags; `output` is the results file, or None
+    inputs   files and student folders that the figures depend on
+    benches  list of datasets.Benchmark with the studies that will be asked
+    Returns (the content of --output if this very command wrote it from these very files, else None;
+    the settings to write; the folder of the parts, or None without --output). Raises ValueError
+    where --output is a file of something else.
+    """
     settings = {key: value for key, value in vars(args).items() if key not in QUIET}
-    settings["sha256"] = [*(checkpoint.fingerprint(path) for path in inputs if path), hashlib.sha256(json.dumps(asked).encode()).hexdigest()]
+    digest = digest_of(benches)
+    settings["sha256"] = [*(fingerprint(path) for path in inputs if path), digest]
     if not args.output:
         return None, settings, None
-    settings = json.loads(json.dumps(settings))
-    before = {"settings": None}
-    if Path(args.output).exists():
-        try:
-            before = json.loads(Path(args.output).read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
-            before = None
-        if not isinstance(before, dict) or "settings" not in before:
-            raise ValueError(f"{args.output}: exists and was not written by evaluate.py, expected another --output")
+    settings = json.loads(json.dumps(settings))  # as a file gives them back
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    return before if before["settings"] == settings else None, settings, Path(f"{args.output}.parts") / key
+    before = read_before(args.output)
+    known = before is not None and before["settings"] == settings
+    return before if known else None, settings, Path(f"{args.output}.parts") / key
 
 
-def end(args, results, known=False):
-    """Prints the table and what is missing, writes --output, gives the JSON line; with --strict, exits with 1 if anything is missing."""
-    missing = results["missing"]
-    ranks.say((f"{args.output} holds these results already\n" if known else "") + results["table"])
+def digest_of(benches):
+    """sha256 over the studies: what is asked and scored, and how large their images are."""
+    asked = []
+    for bench in benches:
+        for study in bench.studies:
+            sizes = [data.image_path(path, bench.images).stat().st_size for path in study.images]
+            asked.append([study.id, study.images, study.labels, study.report, sizes])
+    return hashlib.sha256(json.dumps(asked).encode()).hexdigest()
+
+
+def read_before(path):
+    """The content of a results file, None without a file. Raises ValueError for another file."""
+    if not Path(path).exists():
+        return None
+    try:
+        before = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        before = None
+    if not isinstance(before, dict) or "settings" not in before:
+        raise ValueError(f"{path}: exists and was not written by evaluate.py, "
+                         "expected another --output")
+    return before
+
+
+def end(args, content, known=False):
+    """Prints the table and what is missing, writes --output, prints the line of --json.
+
+    args     flags
+    content  of the results file: {"settings", "rows", "missing", "table", ...}
+    known    whether --output holds it already
+    Returns the rows. Raises SystemExit(1) with --strict if anything is missing.
+    """
+    missing = content["missing"]
+    if known:
+        ranks.print_once(f"{args.output} holds these results already")
+    ranks.print_once(content["table"])
     if missing:
-        more = f"\n  ... and {len(missing) - 20} more" + (f", all of them in {args.output}" if args.output else "") if len(missing) > 20 else ""
-        ranks.say(f"missing, left out: {len(missing)}\n  " + "\n  ".join(map(shown, missing[:20])) + more)
+        ranks.print_once(missing_lines(missing, args.output))
     if args.output and not known:
-        ranks.on_rank_zero(lambda: checkpoint.write_text(Path(args.output), json.dumps(results, indent=1) + "\n"))
+        text = json.dumps(content, indent=1) + "\n"
+        ranks.on_rank_zero(lambda: write_text(Path(args.output), text))
         ranks.on_rank_zero(lambda: shutil.rmtree(f"{args.output}.parts", ignore_errors=True))
     if args.json:
-        ranks.say(json.dumps({"rows": results["rows"], "missing": len(missing)}))
+        ranks.print_once(json.dumps({"rows": content["rows"], "missing": len(missing)}))
     if missing and args.strict:
         raise SystemExit(1)
-    return results["rows"]
+    return content["rows"]
 
 
-def spread(keys, encode, work, batch_size=1, parts=None, num_workers=0, failed=None, desc=""):
-    """{key: value} for all keys, on every rank: the batches are shared over the ranks.
-
-    encode(key) -> example, in loader processes; work(keys, examples) -> one JSON value a key. Which keys share a batch depends neither on
-    the number of ranks nor on what is done.
-    parts: a folder, in which each batch is on disk when it is done and from which the same call goes on; None: nothing is written.
-    failed: a dict that takes {key: why} where encode raises ValueError (an image that cannot be read); None: that is an error.
-    """
-    batches = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]
-    values = read_parts(parts) if parts else {}
-    batches = [batch for batch in batches if not all(key in values for key in batch)]
-    ranks.barrier()  # nobody writes before everybody has read
-    mine, found, broken = batches[ranks.rank()::ranks.world()], {}, {}
-
-    def guarded(key):
-        try:
-            return encode(key)
-        except ValueError as error:
-            if failed is None:
-                raise
-            return str(error)
-
-    file = None
-    if parts:
-        Path(parts).mkdir(parents=True, exist_ok=True)
-        file = open(Path(parts) / f"part-{ranks.rank()}.jsonl", "ab")
-    stream = training.loader(guarded, mine, num_workers)
-    for batch, examples in tqdm(zip(mine, stream), total=len(mine), desc=desc, disable=ranks.rank() > 0):
-        good = [(key, example) for key, example in zip(batch, examples) if not isinstance(example, str)]
-        broken |= {key: example for key, example in zip(batch, examples) if isinstance(example, str)}
-        if good:
-            new = dict(zip((key for key, _ in good), work([key for key, _ in good], [example for _, example in good])))
-            found |= new
-            if file:
-                file.write(part_lines(new))
-                file.flush()
-    if file:
-        file.close()
-    for theirs, missing in ranks.gather((found, broken)):
-        values |= theirs
-        if failed is not None:
-            failed.update(missing)
-    return {key: values[key] for key in keys if key in values}
-
-
-def part_lines(values):
-    """{key: value} as bytes to append to a part file; the first newline ends a line that a kill may have torn."""
-    return ("\n" + "".join(json.dumps([key, value], ensure_ascii=False) + "\n" for key, value in values.items())).encode()
-
-
-def read_parts(folder):
-    """What earlier calls have written, {key: value}; a line that a kill tore is left out."""
-    values = {}
-    for part in sorted(Path(folder).glob("part-*.jsonl")):
-        for line in part.read_bytes().split(b"\n")[:-1]:
-            try:
-                key, value = json.loads(line)
-            except ValueError:
-                continue
-            values[key] = value
-    return values
+def missing_lines(missing, output):
+    """How many things are missing and the first twenty of them, as text."""
+    lines = [f"missing, left out: {len(missing)}", *map(printable, missing[:20])]
+    if len(missing) > 20:
+        where = f", all of them in {output}" if output else ""
+        lines.append(f"... and {len(missing) - 20} more{where}")
+    return "\n  ".join(lines)

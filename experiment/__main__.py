@@ -1,8 +1,13 @@
-"""The experiment on the scale model: which of the paper's claims hold there? README.md has the question, the rows and the rules.
+"""The experiment on the scale model: which of the paper's claims hold there?
 
-    python -m experiment ladder --jobs 2                  every row in both worlds, seeds 0-4 -> runs/ladder/results.json
-    python -m experiment beta --jobs 2                    APO at five values of beta, after it -> runs/ladder/beta.json, beta.svg
-    python evaluate.py ablation runs/ladder/results.json  the ladder beside the paper's Table 5
+README.md in this folder has the question, the rows and the rules.
+
+    python -m experiment ladder --jobs 2
+        every row in both worlds, seeds 0-4 -> runs/ladder/results.json
+    python -m experiment beta --jobs 2
+        APO at five values of beta, after it -> runs/ladder/beta.json, beta.svg
+    python evaluate.py ablation runs/ladder/results.json
+        the ladder beside the paper's Table 5
 """
 
 import argparse
@@ -11,21 +16,36 @@ import json
 from experiment import beta, ladder
 from scale_model.world import WORLDS
 
+COMMANDS = {"ladder": ladder.run, "beta": beta.run}
+HELP = {
+    "ladder": "the experiment: every row in both worlds over seeds, to results.json",
+    "beta": "APO at five values of beta on a ladder that stands, to beta.json and beta.svg",
+}
+
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(prog="experiment", description="The experiment on the scale model.")
+    parser = argparse.ArgumentParser(
+        prog="experiment", description="The experiment on the scale model.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, what in (("ladder", "the experiment: every row in both worlds over seeds, to results.json"),
-                       ("beta", "APO at five values of beta on a ladder that stands, to beta.json and beta.svg")):
+    for name, what in HELP.items():
         p = commands.add_parser(name, help=what, description=what)
-        p.add_argument("--out", default="runs/ladder", help="folder of the experiment (default: %(default)s)")
-        p.add_argument("--worlds", nargs="+", choices=WORLDS, default=["nuisance", "class"], help="default: %(default)s")
-        p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4], help="default: %(default)s")
-        p.add_argument("--split", choices=("validate", "test"), default="test", help="studies that are scored (default: %(default)s)")
-        p.add_argument("--jobs", type=int, default=2, help="processes, a world and seed each (default: %(default)s)")
-        p.add_argument("--films", type=int, help="of each split, to try the mechanics (default: 800, 200, 200)")
-        p.add_argument("--max_steps", type=int, help="of each training stage, to try the mechanics (default: all)")
-        p.add_argument("--base_steps", type=int, help="of the base that is not taught consensus, to try the mechanics (default: 900)")
+        p.add_argument("--out", default="runs/ladder",
+                       help="folder of the experiment (default: %(default)s)")
+        p.add_argument("--worlds", nargs="+", choices=WORLDS, default=["nuisance", "class"],
+                       help="default: %(default)s")
+        p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4],
+                       help="default: %(default)s")
+        p.add_argument("--split", choices=("validate", "test"), default="test",
+                       help="studies that are scored (default: %(default)s)")
+        p.add_argument("--jobs", type=int, default=2,
+                       help="processes, a world and seed each (default: %(default)s)")
+        p.add_argument("--films", type=int,
+                       help="of each split, to try the mechanics (default: 800, 200, 200)")
+        p.add_argument("--max_steps", type=int,
+                       help="of each training stage, to try the mechanics (default: all)")
+        p.add_argument("--base_steps", type=int,
+                       help="of the base that is not taught consensus, to try the mechanics "
+                            "(default: 900)")
         p.add_argument("--json", action="store_true", help="end with one line of JSON")
     return parser.parse_args(argv)
 
@@ -33,11 +53,11 @@ def parse(argv=None):
 def main():
     args = parse()
     try:
-        results = ladder.ladder(args) if args.command == "ladder" else beta.beta(args)
+        content = COMMANDS[args.command](args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"experiment: {error}") from None
     if args.json:
-        print(json.dumps(results))
+        print(json.dumps(content))
 
 
 if __name__ == "__main__":

@@ -1,28 +1,42 @@
-"""How findings.py cuts a text: JSON and tables into lines, lines into sentences, sentences into labels and what is said of them."""
+"""How findings.py cuts a text.
+
+JSON and tables become lines, lines are cut into sentences, sentences into labels and what is said
+of them.
+"""
 
 import json
 import re
 
 from . import findings_phrases as vocabulary
 
-_SKIPPED, _SECTION = re.compile(vocabulary.SKIPPED_SECTIONS), re.compile(f"{vocabulary.SKIPPED_SECTIONS}|{vocabulary.OTHER_SECTIONS}")
+_SKIPPED = re.compile(vocabulary.SKIPPED_SECTIONS)
+_SECTION = re.compile(f"{vocabulary.SKIPPED_SECTIONS}|{vocabulary.OTHER_SECTIONS}")
 _SIDES = re.compile(r"\b(left|right) ?: *(\w+ ?), ?(left|right) ?:", re.IGNORECASE)
 _BULLET = re.compile(r"^(?:[-*•+–·]|\(?\d{1,2}[.)])\s+|^(?=[✓✔✅❌✗✘])")
 # its first character begins a run of .!? so that a long one is looked at once
-_SENTENCE_END = re.compile(r"(?<![.!?])(?:[.!]|\?(?=[.!?])|(?<=\S)\?)[.!?]*[\"')\]*_]*(?=\s|$)|(?<=[a-z]{3})\.(?=[A-Z])")
+_SENTENCE_END = re.compile(
+    r"(?<![.!?])(?:[.!]|\?(?=[.!?])|(?<=\S)\?)[.!?]*[\"')\]*_]*(?=\s|$)"
+    r"|(?<=[a-z]{3})\.(?=[A-Z])")
 _ABBREVIATION = re.compile(r"(?:^|[\s(])(?:dr|mr|mrs|ms|vs|e\.g|i\.e|cf|approx|st)$", re.IGNORECASE)
 _LABEL_END = re.compile(r":(?=[\s*_]|$)|\s[-–—]+\s|—")
 _SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"_{3,}", " xxxx "),  # a de-identified blank
     (r"\(no\)", " absent"), (r"\(yes\)", " present"),
-    (r"[*_`#~]+", ""), (r"[❌✗✘]", " no "), (r"[✓✔✅]", " "), (r"’", "'"), (r"\band/or\b", "or"), (r"\bw/o\b", "without"),
+    (r"[*_`#~]+", ""), (r"[❌✗✘]", " no "), (r"[✓✔✅]", " "), (r"’", "'"),
+    (r"\band/or\b", "or"), (r"\bw/o\b", "without"),
     (r"\br/o\b", "rule out"), (r"\bc/w\b", "consistent with"), (r"\bh/o\b", "history of"),
-    (r"\b(?:can't|can not|could not|couldn't)\b", "cannot"), (r"n't\b", " not"), (r"'m\b", " am"), (r"'re\b", " are"),
+    (r"\b(?:can't|can not|could not|couldn't)\b", "cannot"),
+    (r"n't\b", " not"), (r"'m\b", " am"), (r"'re\b", " are"),
     (r"(?<=[a-z])[-‐‑](?=[a-z])", " "), (r"\s+", " "))]
 
 
 def normalise(text):
-    """Lower case, without marks, spellings and contractions made one, single blanks: what the rules see. O(length)."""
+    """A text as the rules see it.
+
+    text  str
+    Returns it in lower case, without marks, with one spelling of each contraction and abbreviation
+    and with single blanks. O(length).
+    """
     text = text.lower()
     for pattern, new in _SPELLINGS:
         text = pattern.sub(new, text)
@@ -30,7 +44,10 @@ def normalise(text):
 
 
 def _unfold(text):
-    """The text with JSON in it, all of it or what is fenced by ```, as lines "finding: value"; "left: no, right: yes" without its colons."""
+    """The text with its JSON, all of it or what is fenced by ```, as lines "finding: value".
+
+    "left: no, right: yes" loses its colons.
+    """
     parts = text.split("```")
     for i, part in enumerate(parts):
         part = part.strip().removeprefix("json").lstrip()
@@ -43,55 +60,92 @@ def _unfold(text):
 
 
 def _json_lines(value, label=""):
-    """{"Edema": true} and {"finding": "Edema", "present": true} give "Edema: yes"; null says nothing; lists are bullets below their name."""
+    """The lines of a JSON value that is said of `label`, one after the other.
+
+    {"Edema": true} and {"finding": "Edema", "present": true} give "Edema: yes"; null says nothing;
+    lists are bullets below their name.
+    """
     if isinstance(value, dict):
-        value = {re.sub("(?<=[a-z])(?=[A-Z])|_", " ", key): item for key, item in value.items()}
-        keys = {key.lower(): key for key in value}
-        named = next((keys[key] for key in vocabulary.JSON_NAMES if isinstance(value.get(keys.get(key)), str)), None)
-        state = next((keys[key] for key in vocabulary.JSON_STATES if key in keys), None)
-        name = value[named] if named else label
-        if named and not state:
-            yield f"{name}."
-        elif name and state:
-            yield from _json_lines(value[state], name)
-        elif label and keys.keys() <= {"left", "right"}:
-            yield f"{label}: " + ", ".join(line.replace(":", "") for key, item in value.items() for line in _json_lines(item, key))
-            return
-        for key, item in value.items():
-            if key not in (named, state if name else None):
-                yield from _json_lines(item, key)
-    elif isinstance(value, list):
-        yield f"\n{label}:" if label else ""
-        for item in value:
-            yield from [f"- {item}"] if isinstance(item, str) else _json_lines(item)
-    elif value is not None:
-        yield f"{label}: {({True: 'yes', False: 'no'}[value] if isinstance(value, bool) else value)}"
+        return _object_lines(value, label)
+    if isinstance(value, list):
+        return _list_lines(value, label)
+    if isinstance(value, bool):
+        value = "yes" if value else "no"
+    return [] if value is None else [f"{label}: {value}"]
+
+
+def _list_lines(value, label):
+    """Yields the lines of a JSON list that is said of `label`."""
+    yield f"\n{label}:" if label else ""
+    for item in value:
+        yield from [f"- {item}"] if isinstance(item, str) else _json_lines(item)
+
+
+def _object_lines(value, label):
+    """Yields the lines of a JSON object that is said of `label`."""
+    value = {re.sub("(?<=[a-z])(?=[A-Z])|_", " ", key): item for key, item in value.items()}
+    keys = {key.lower(): key for key in value}
+    named = next((keys[key] for key in vocabulary.JSON_NAMES
+                  if isinstance(value.get(keys.get(key)), str)), None)
+    state = next((keys[key] for key in vocabulary.JSON_STATES if key in keys), None)
+    name = value[named] if named else label
+    if named and not state:
+        yield f"{name}."
+    elif name and state:
+        yield from _json_lines(value[state], name)
+    elif label and keys.keys() <= {"left", "right"}:
+        sides = [line.replace(":", "") for key, item in value.items()
+                 for line in _json_lines(item, key)]
+        yield f"{label}: " + ", ".join(sides)
+        return
+    for key, item in value.items():
+        if key not in (named, state if name else None):
+            yield from _json_lines(item, key)
 
 
 def _lines(text):
-    """(kind, line), kind blank, bullet, heading or plain. Lines that were only wrapped are joined again, rules of dashes are dropped."""
+    """Yields (kind, line); kind is blank, bullet, heading or plain.
+
+    Lines that were only wrapped are joined again, rules of dashes are dropped.
+    """
     lines, previous = [("blank", [""])], ""
     for line in map(str.strip, text.splitlines()):
         if line.startswith("|"):  # a row of a table reads like "label: value"
             line = " : ".join(cell.strip() for cell in line.strip("|").split("|"))
         if line and not line.strip("-:=_*# \t"):
             continue
-        is_heading = line.startswith("#") or re.fullmatch(r"\*\*[^*]+\*\*:?", line)
-        kind = "blank" if not line else "bullet" if _BULLET.match(line) else "heading" if is_heading else "plain"
-        wrapped = previous.endswith(",") or (len(previous) >= 45 and previous[-1] not in ".:;!?")
-        if wrapped and kind == "plain" and lines[-1][0] != "heading" and not re.match(r"[^:.]{1,40}:(?:\s|$)", line):
-            lines[-1][1].append(line)
+        kind, (last_kind, last_parts) = _kind(line), lines[-1]
+        if kind == "plain" and last_kind != "heading" and _continues(line, previous):
+            last_parts.append(line)
         else:
             lines.append((kind, [line]))
         previous = line
-    for (kind, parts), (_, following) in zip(lines, lines[1:] + lines[:1]):
+    for (kind, parts), (_, (following, *_)) in zip(lines, lines[1:] + lines[:1]):
         line = " ".join(parts)
-        if following[0].startswith(("- ", "* ", "• ")) and not line.startswith(("-", "*", "•")) and len(line) < 50 and line[-1:] not in ".;!?,":
+        is_item = line.startswith(("-", "*", "•")) or len(line) >= 50 or line[-1:] in ".;!?,"
+        if following.startswith(("- ", "* ", "• ")) and not is_item:
             kind = "heading"  # "2. Pneumothorax" above a list of dashes
         yield kind, line
 
 
+def _kind(line):
+    """What a line is: blank, bullet, heading or plain."""
+    if not line:
+        return "blank"
+    if _BULLET.match(line):
+        return "bullet"
+    is_heading = line.startswith("#") or re.fullmatch(r"\*\*[^*]+\*\*:?", line)
+    return "heading" if is_heading else "plain"
+
+
+def _continues(line, previous):
+    """Whether the line before was only wrapped, so that it goes on in this one."""
+    wrapped = previous.endswith(",") or (len(previous) >= 45 and previous[-1] not in ".:;!?")
+    return wrapped and not re.match(r"[^:.]{1,40}:(?:\s|$)", line)
+
+
 def _sentences(line):
+    """Yields the sentences of a line; the last one may be empty."""
     start = 0
     for match in _SENTENCE_END.finditer(line):
         if not _ABBREVIATION.search(line[max(start, match.start() - 8):match.start()]):
@@ -101,12 +155,17 @@ def _sentences(line):
 
 
 def pieces(text):
-    """(number of the line, its kind, sentence, piece of it, whether the piece is a label) of all that is about the image. O(length)."""
+    """Cuts a text, leaving out the sections that are not about the image. O(length).
+
+    text  str
+    Yields (number, kind, sentence, piece, is_label): the number and kind (blank, bullet, heading or
+    plain) of the line, the sentence, the piece of it, and whether that piece is a label.
+    """
     skipped = begun = False
     for number, (kind, line) in enumerate(_lines(_unfold(text))):
         skipped = skipped and not (kind == "blank" and begun)
         for sentence in _sentences(_BULLET.sub("", line)):
-            cuts = [(match.start(), match.end()) for match in _LABEL_END.finditer(sentence)]
+            cuts = [match.span() for match in _LABEL_END.finditer(sentence)]
             for (_, start), (end, _) in zip([(0, 0)] + cuts, cuts + [(len(sentence), 0)]):
                 name = sentence[start:end].strip(" *_#").lower()
                 is_label = end < len(sentence) or kind == "heading"

@@ -1,4 +1,7 @@
-"""The flags of the stages: names are TRL's and Trainer's where the meaning is the same; presets; which inputs must be there."""
+"""The flags of the stages, presets, and which flags an earlier stage of the chain takes over.
+
+A flag has the name that TRL or transformers' Trainer gives it, where its meaning is the same.
+"""
 
 import argparse
 import math
@@ -6,25 +9,23 @@ import os
 
 import torch
 
-import student
-
 
 def at_least_one(text):
-    """argparse's type of a count."""
+    """argparse's type of a whole number of at least 1."""
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number of at least 1")
     return int(text)
 
 
 def at_least_zero(text):
-    """argparse's type of a count that may be 0."""
+    """argparse's type of a whole number of at least 0."""
     if not text.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number, 0 or more")
     return int(text)
 
 
 def above_zero(text):
-    """argparse's type of a number > 0."""
+    """argparse's type of a finite number above 0."""
     try:
         value = float(text)
     except ValueError:
@@ -34,85 +35,257 @@ def above_zero(text):
     return value
 
 
+# -------------------------------------------------------------------------- what the stages have
+
+# what an earlier stage takes from a later one that asks for it
+SHARED = ("studies", "images", "task_file", "split", "teachers", "refusals", "base", "output_dir",
+          "preset", "max_pixels", "num_workers", "bf16", "seed", "train_base")
+
+
+def stage_parser(doc):
+    """A parser whose --help begins with a stage's docstring."""
+    return argparse.ArgumentParser(usage="%(prog)s [flags]", description=doc, allow_abbrev=False,
+                                   formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
 def add_data_arguments(parser):
-    """The flags that all three stages have; names are TRL's and Trainer's where the meaning is the same."""
+    """Adds the flags that all three stages have."""
     g = parser.add_argument_group("data and student")
-    g.add_argument("--studies", help="studies.jsonl; without it the scale model of demo.py is made and used")
-    g.add_argument("--images", default=".", help="folder that the image paths are relative to (default: %(default)s)")
-    g.add_argument("--task_file", help="task.json; without it MIMIC-CXR's 14 findings")
-    g.add_argument("--split", default="train", help="which studies to use (default: %(default)s)")
-    g.add_argument("--student", help="folder or hub id of the Qwen2.5-VL to start from")
-    g.add_argument("--output_dir", help="run folder; the same command continues in it")
-    g.add_argument("--teachers", help="NAME,...: only these teachers (default: all)")
-    g.add_argument("--refusals", choices=("keep", "drop"), default="drop", help="trajectories that decline to answer (default: %(default)s)")
-    g.add_argument("--max_pixels", type=at_least_one, default=1024 * 28 * 28, help="pixels per image, 784 make a token (default: %(default)s)")
-    g.add_argument("--num_workers", type=at_least_zero, default=4 if torch.cuda.is_available() else 0,
-                   help="processes per rank that load images (default: 4 on a GPU, else 0)")
-    g.add_argument("--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
-                   help="weights in bf16, updates in fp32 (default: on a GPU)")
-    g.add_argument("--seed", type=int, default=0, help="of everything random (default: %(default)s)")
-    g.add_argument("--train_base", action="store_true", help="scale model only: train its base student anew instead of taking the file that ships")
+    g.add_argument(
+        "--studies",
+        help="studies.jsonl; without it the scale model is made and used")
+    g.add_argument(
+        "--images", default=".",
+        help="folder that the image paths are relative to (default: %(default)s)")
+    g.add_argument(
+        "--task_file",
+        help="task.json; without it MIMIC-CXR's 14 findings")
+    g.add_argument(
+        "--split", default="train",
+        help="which studies to use (default: %(default)s)")
+    g.add_argument(
+        "--base",
+        help="folder or hub id of a Qwen2.5-VL: all stages up to this one, from it, in "
+             "OUTPUT_DIR/spd, /selfdistill and /apo")
+    g.add_argument(
+        "--student",
+        help="folder or hub id of the Qwen2.5-VL to start from: this stage alone, in OUTPUT_DIR")
+    g.add_argument(
+        "--output_dir",
+        help="run folder; the same command continues in it (default: runs/demo for the scale "
+             "model)")
+    g.add_argument(
+        "--teachers",
+        help="NAME,...: only these teachers (default: all)")
+    g.add_argument(
+        "--refusals", choices=("keep", "drop"), default="drop",
+        help="trajectories that decline to answer (default: %(default)s)")
+    g.add_argument(
+        "--max_pixels", type=at_least_one, default=1024 * 28 * 28,
+        help="pixels per image, 784 make a token (default: %(default)s)")
+    g.add_argument(
+        "--num_workers", type=at_least_zero, default=4 if torch.cuda.is_available() else 0,
+        help="processes per rank that load images (default: 4 on a GPU, else 0)")
+    g.add_argument(
+        "--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
+        help="weights in bf16, updates in fp32 (default: on a GPU)")
+    g.add_argument(
+        "--seed", type=int, default=0,
+        help="of everything random (default: %(default)s)")
+    g.add_argument(
+        "--train_base", action="store_true",
+        help="scale model only: train its base student anew instead of taking the file that "
+             "ships")
 
 
 def add_training_arguments(parser):
-    """The flags of the two stages that train."""
+    """Adds the flags of the two stages that train."""
     add_data_arguments(parser)
+    add_optimisation_arguments(parser)
+    add_run_arguments(parser)
+
+
+def add_optimisation_arguments(parser):
+    """Adds the flags that say what trains and how."""
     g = parser.add_argument_group("optimisation")
-    g.add_argument("--train", default="lora", help="what trains: lora,merger,decoder,vision (default: %(default)s)")
-    g.add_argument("--lora_r", type=at_least_one, default=8, help="rank (default: %(default)s)")
-    g.add_argument("--lora_alpha", type=int, default=32, help="scale is alpha / r (default: %(default)s)")
-    g.add_argument("--lora_dropout", type=float, default=0.0, help="on the adapters' input (default: %(default)s)")
-    g.add_argument("--num_epochs", type=at_least_one, default=1, help="passes over the studies (default: %(default)s)")
-    g.add_argument("--max_steps", type=at_least_one, help="optimiser steps at most (default: all)")
-    g.add_argument("--global_batch", type=at_least_one, default=4, help="studies per optimiser step over all ranks (default: %(default)s)")
-    g.add_argument("--micro_batch", type=at_least_zero, default=1,
-                   help="studies per forward on a rank; 0: the rank's whole share (default: %(default)s)")
-    g.add_argument("--learning_rate", type=above_zero, default=1e-4, help="peak (default: %(default)s)")
-    g.add_argument("--min_learning_rate", type=float, default=1e-7, help="at the end of the cosine (default: %(default)s)")
-    g.add_argument("--warmup_steps", type=at_least_zero, default=0, help="linear warm-up (default: %(default)s)")
+    g.add_argument(
+        "--train", default="lora",
+        help="what trains: lora,merger,decoder,vision (default: %(default)s)")
+    g.add_argument(
+        "--lora_r", type=at_least_one, default=8,
+        help="rank (default: %(default)s)")
+    g.add_argument(
+        "--lora_alpha", type=int, default=32,
+        help="scale is alpha / r (default: %(default)s)")
+    g.add_argument(
+        "--lora_dropout", type=float, default=0.0,
+        help="on the adapters' input (default: %(default)s)")
+    g.add_argument(
+        "--num_epochs", type=at_least_one, default=1,
+        help="passes over the studies (default: %(default)s)")
+    g.add_argument(
+        "--max_steps", type=at_least_one,
+        help="optimiser steps at most, of an earlier stage too (default: all)")
+    g.add_argument(
+        "--global_batch", type=at_least_one, default=4,
+        help="studies per optimiser step over all ranks (default: %(default)s)")
+    g.add_argument(
+        "--micro_batch", type=at_least_zero, default=1,
+        help="studies per forward on a rank; 0: the rank's whole share (default: %(default)s)")
+    g.add_argument(
+        "--learning_rate", type=above_zero, default=1e-4,
+        help="peak (default: %(default)s)")
+    g.add_argument(
+        "--min_learning_rate", type=float, default=1e-7,
+        help="at the end of the cosine (default: %(default)s)")
+    g.add_argument(
+        "--warmup_steps", type=at_least_zero, default=0,
+        help="linear warm-up (default: %(default)s)")
     g.add_argument("--adam_beta1", type=float, default=0.9, help="default: %(default)s")
     g.add_argument("--adam_beta2", type=float, default=0.98, help="default: %(default)s")
-    g.add_argument("--weight_decay", type=float, default=0.05, help="decoupled (default: %(default)s)")
-    g.add_argument("--max_grad_norm", type=float, default=1.0, help="clip to this global norm, 0: never (default: %(default)s)")
-    g.add_argument("--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True, help="recompute layers in the backward pass")
-    g.add_argument("--prompt", choices=("student", "teacher"), default="student", help="teacher: Appendix B's, which names the diagnosis")
-    g.add_argument("--max_tokens", type=at_least_one, default=8192, help="tokens of a study: image, prompt and responses (default: %(default)s)")
-    g.add_argument("--truncate", action="store_true", help="cut the longest responses of a study beyond --max_tokens; else it is left out")
+    g.add_argument(
+        "--weight_decay", type=float, default=0.05,
+        help="decoupled (default: %(default)s)")
+    g.add_argument(
+        "--max_grad_norm", type=float, default=1.0,
+        help="clip to this global norm, 0: never (default: %(default)s)")
+    g.add_argument(
+        "--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True,
+        help="recompute layers in the backward pass")
+    g.add_argument(
+        "--prompt", choices=("student", "teacher"), default="student",
+        help="teacher: Appendix B's, which names the diagnosis")
+    g.add_argument(
+        "--max_tokens", type=at_least_one, default=8192,
+        help="tokens of a study: image, prompt and responses (default: %(default)s)")
+    g.add_argument(
+        "--truncate", action="store_true",
+        help="cut the longest responses of a study beyond --max_tokens; else it is left out")
+
+
+def add_run_arguments(parser):
+    """Adds the flags that say what a run writes and how it goes on."""
     g = parser.add_argument_group("run")
-    g.add_argument("--dry_run", action="store_true",
-                   help="print the plan and the memory budget, run one step, write nothing (the scale model makes what it lacks)")
-    g.add_argument("--logging_steps", type=at_least_one, default=10, help="steps per line of log.jsonl (default: %(default)s)")
-    g.add_argument("--save_steps", type=at_least_one, default=500, help="steps per checkpoint (default: %(default)s)")
-    g.add_argument("--save_total_limit", type=at_least_one, default=2, help="checkpoints kept (default: %(default)s)")
-    g.add_argument("--resume", choices=("auto", "must", "never"), default="auto", help="go on from the newest checkpoint (default: %(default)s)")
-    g.add_argument("--resume_anyway", action="store_true", help="go on with another number of ranks, --micro_batch or "
-                   "--gradient_checkpointing: the same studies in each step, other rounding and dropout")
-    g.add_argument("--merge", action=argparse.BooleanOptionalAction, default=True, help="write student/ with LoRA merged, beside adapter/")
+    g.add_argument(
+        "--dry_run", action="store_true",
+        help="print the plan, the memory and what a step takes, write nothing (the scale model "
+             "makes what it lacks)")
+    g.add_argument(
+        "--logging_steps", type=at_least_one, default=10,
+        help="steps per line of log.jsonl (default: %(default)s)")
+    g.add_argument(
+        "--save_steps", type=at_least_one, default=500,
+        help="steps per checkpoint (default: %(default)s)")
+    g.add_argument(
+        "--save_total_limit", type=at_least_one, default=2,
+        help="checkpoints kept (default: %(default)s)")
+    g.add_argument(
+        "--resume", choices=("auto", "must", "never"), default="auto",
+        help="go on from the newest checkpoint (default: %(default)s)")
+    g.add_argument(
+        "--resume_anyway", action="store_true",
+        help="go on with another number of ranks, --micro_batch or --gradient_checkpointing: the "
+             "same studies in each step, other rounding and dropout")
+    g.add_argument(
+        "--merge", action=argparse.BooleanOptionalAction, default=True,
+        help="write student/ with LoRA merged, beside adapter/")
 
 
 def parse(parser, presets, argv=None):
-    """argv over the preset over the defaults. A preset is a plain dict of flags; without --studies it is 'demo'."""
-    parser.add_argument("--preset", choices=tuple(presets), help="a set of defaults, listed below; any flag overrides it (default: paper "
-                        "with --studies, else demo)")
-    parser.epilog = "presets:\n" + "\n".join(f"  {name:8}  {', '.join(f'{k}={v}' for k, v in flags.items())}" for name, flags in presets.items())
-    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)  # so that --help shows the defaults that hold
+    """Parses a stage's flags. What argv gives overrides the preset, which overrides the defaults.
+
+    parser   of the stage
+    presets  {name: {flag: value}}
+    argv     list of words; None: the command line
+    Returns the flags. Exits with status 2 for flags that do not go together.
+    """
+    parser.add_argument(
+        "--preset", choices=tuple(presets),
+        help="a set of defaults, listed below; any flag overrides it (default: paper with "
+             "--studies, else demo)")
+    listed = "presets:"
+    for name, preset in presets.items():
+        settings = ", ".join(f"{flag}={value}" for flag, value in preset.items())
+        listed += f"\n  {name:8}  {settings}"
+    parser.epilog = listed
+    # The preset is read first, so that --help shows it as the defaults.
+    early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset")
     early.add_argument("--studies")
     first, _ = early.parse_known_args(argv)
     name = first.preset or ("paper" if first.studies else "demo")
     parser.set_defaults(**presets.get(name, {}), preset=name)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    args.earlier = False  # whether a later stage asks for this one
+    refuse_combinations(args, parser)
+    if args.studies is None:
+        args.output_dir = args.output_dir or "runs/demo"
+    return args
+
+
+def refuse_combinations(args, parser):
+    """Exits with status 2 where flags do not go together, and says what is expected.
+
+    There are flags for the whole chain of stages, flags for one stage alone, and flags for studies
+    of one's own; they must not be mixed.
+    """
+    given = [f"--{name}" for name in ("student", "positives", "task_file", "base")
+             if getattr(args, name, None)]
+    if args.studies is None and given:
+        parser.error(f"{given[0]} without --studies: expected the studies too; the scale model "
+                     "makes its own")
+    if args.base and "--student" in given:
+        parser.error("--base with --student: --base walks all stages from that model, --student "
+                     "is where this stage alone starts; expected one of them")
+    if args.base and getattr(args, "server", None):
+        parser.error("--base with --server: the server is pi_st; expected --server alone, after "
+                     "spd.py")
+    if "--positives" in given and "--student" not in given:
+        parser.error("--positives without --student: expected pi_st, which sampled them, too; or "
+                     "--base alone, which makes both")
+    if args.base and getattr(args, "dry_run", False) and hasattr(args, "beta"):
+        parser.error("--dry_run with --base: this stage needs what the others make; expected "
+                     "spd.py --dry_run, or --student and --positives")
 
 
 def require(args, **how):
-    """Raises ValueError before any work where an input is missing, and says how it is made, or where --student is of a family that the
-    code does not fit. how: {flag: the command that makes the input}."""
-    for name, hint in {"studies": "one JSON object a line, see data.py", **how, "output_dir": "name the run's folder"}.items():
+    """Raises ValueError where an input is missing, and says how it is made.
+
+    args  the flags
+    how   flag="the command that makes this input"; a hub id as --student is not looked for
+    """
+    hints = {"studies": "one JSON object a line, see data.py", **how,
+             "output_dir": "name the run's folder"}
+    for name, hint in hints.items():
         value = getattr(args, name)
         if name == "output_dir" and getattr(args, "dry_run", False):
             continue
         hub_id = name == "student" and value and value.count("/") == 1
         if value is None or not (name == "output_dir" or hub_id or os.path.exists(value)):
             raise ValueError(f"--{name}{' ' + value if value else ''}: missing; {hint}")
-    if "student" in how:
-        student.require_family(args.student)
+
+
+# -------------------------------------------------------------------------------------- the chain
+
+def inherit(args, parse):
+    """The flags of an earlier stage: its preset's, and those that it takes from the later one.
+
+    args   flags of the later stage, which asks for it
+    parse  the earlier stage's function that parses flags
+    """
+    shared = {name: getattr(args, name) for name in SHARED}
+    # Stage 2 has no steps, but it gives the number to stage 1.
+    shared["max_steps"] = getattr(args, "max_steps", None)
+    return replaced(parse(["--preset", args.preset]), earlier=True, **shared)
+
+
+def in_chain(args, stage):
+    """The folder of a stage of the chain, OUTPUT_DIR/stage; None without --output_dir."""
+    return args.output_dir and os.path.join(args.output_dir, stage)
+
+
+def replaced(args, **changes):
+    """A copy of flags of which some are changed; a Path becomes a text, as it is in a flag."""
+    changes = {name: str(value) if isinstance(value, os.PathLike) else value
+               for name, value in changes.items()}
+    return argparse.Namespace(**{**vars(args), **changes})

@@ -1,9 +1,10 @@
-"""One process or many: joining torchrun's ranks, agreeing, ending together, and how a command ends where something is wrong."""
+"""One process or many: how ranks join, agree and leave, and how a command ends after an error."""
 
 import contextlib
 import gc
 import os
 import resource
+import signal
 import sys
 import time
 import traceback
@@ -15,25 +16,42 @@ import transformers
 from safetensors import SafetensorError
 from tqdm import tqdm
 
+# Errors that tell the user what is wrong with the input, the disk or the numbers: a command that
+# meets one of them prints its message without a traceback.
+PLAIN_ERRORS = (ValueError, OSError, FloatingPointError, SafetensorError)
+
+
+# ------------------------------------------------------------------------------ joining, leaving
 
 def init():
-    """Joins torchrun's process group (nccl on CUDA, gloo on CPU) or runs alone. Returns the device."""
+    """Joins torchrun's process group (nccl on CUDA, gloo on CPU), or runs alone.
+
+    Returns the torch.device of this rank.
+    """
     transformers.utils.logging.disable_progress_bar()
     cuda = torch.cuda.is_available()
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0))) if cuda else torch.device("cpu")
+    device = torch.device("cpu")
     if cuda:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
     elif "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # as torchrun does: sums then do not depend on the number of cores, nor speed on who else uses them
+        # As torchrun does. Sums then do not depend on the number of cores, and the speed does not
+        # depend on who else uses them.
+        torch.set_num_threads(1)
     if "RANK" in os.environ and not dist.is_initialized():
-        # hours, since the others wait while rank 0 hashes a student or reads what stage 2 sampled; a rank that dies ends them at once all the same
-        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3), device_id=device if cuda else None)
+        # Hours, since the others wait while rank 0 hashes a student or reads what stage 2 has
+        # sampled. The others still end at once when a rank dies.
+        dist.init_process_group("nccl" if cuda else "gloo", timeout=timedelta(hours=3),
+                                device_id=device if cuda else None)
     return device
 
 
 def close():
-    """Leaves the process group when all ranks are there. The cycles of DDP and the sharding optimiser go first: what they still hold of
-    the group when the interpreter ends makes a finished gloo run abort now and then."""
+    """Leaves the process group when all ranks have come here.
+
+    DDP and the sharding optimiser are in cycles of references, which are collected first: if they
+    hold parts of the group until the interpreter ends, a finished gloo run sometimes aborts.
+    """
     gc.collect()
     if dist.is_initialized():
         dist.barrier()
@@ -43,53 +61,105 @@ def close():
 
 @contextlib.contextmanager
 def process_group(name):
-    """Around a command's main(): joins the process group, leaves it at the end.
+    """A context for a command's main(): joins the process group, and leaves it at the end.
 
-    Bad input, a full disk or a gradient that is not finite ends with one line that begins with `name` and with status 1; any other
-    exception keeps its traceback. A rank that fails leaves at once: in good order it would wait for the others, who wait for it."""
+    name  of the command, with which the line after an error begins
+    An error that `ending` knows ends the command with one line and status 1; any other exception
+    keeps its traceback.
+    """
     init()
     try:
         yield
     except BaseException as error:
         for bar in list(getattr(tqdm, "_instances", [])):
-            bar.close()  # or the message would stand on the bar's line
-        if isinstance(error, (ValueError, OSError, FloatingPointError, SafetensorError)):
-            what = str(error).rpartition("\nValueError: ")[2].strip()  # of a loader's process, whose message is its traceback, the last line
-            error = SystemExit(f"{name}: {f'rank {rank()}: ' if world() > 1 else ''}{what}")
-        elif isinstance(error, SystemExit) and isinstance(error.code, str):
-            error = SystemExit(f"{name}: {error.code}")
-        elif world() > 1 and isinstance(error, RuntimeError) and (isinstance(error, dist.DistBackendError) or "gloo" in str(error)):
-            time.sleep(2)  # torchrun names the rank that it sees end first, and this is not the one
-            last = str(error).strip().splitlines()[-1][-200:]
-            error = SystemExit(f"{name}: rank {rank()} stops, since another rank was lost or cannot be reached ({last}); the same command goes on")
-        if world() > 1 and not (isinstance(error, SystemExit) and not error.code):
-            if not isinstance(error, SystemExit):
-                traceback.print_exc()
-            elif isinstance(error.code, str):
-                sys.stderr.write(f"{error.code}\n")  # in one piece, since other ranks may write too
-            sys.stdout.flush()
-            sys.stderr.flush()
-            os._exit(error.code if isinstance(getattr(error, "code", None), int) else 1)
+            bar.close()  # else the message would be printed on the bar's line
+        if another_rank_is_lost(error):
+            time.sleep(2)  # torchrun blames the rank that ends first, which must be the lost one
+        last = ending(error, name)
+        if world() > 1 and is_failure(last):
+            leave_at_once(last)
         close()
-        raise error from None
+        raise last from None
     close()
 
 
+def ending(error, name):
+    """The exception with which a command ends after an error.
+
+    error  what was raised in its main()
+    name   of the command
+    Returns a SystemExit with one line where that says enough, else the error itself.
+    """
+    if isinstance(error, PLAIN_ERRORS):
+        of_rank = f"rank {rank()}: " if world() > 1 else ""
+        return SystemExit(f"{name}: {of_rank}{message_of(error)}")
+    if isinstance(error, SystemExit) and isinstance(error.code, str):
+        return SystemExit(f"{name}: {error.code}")
+    if another_rank_is_lost(error):
+        why = str(error).strip().splitlines()[-1][-200:]
+        return SystemExit(f"{name}: rank {rank()} stops, since another rank was lost or cannot be "
+                          f"reached ({why}); the same command goes on")
+    return error
+
+
+def message_of(error):
+    """An error's message. A ValueError of a loader process has that process's traceback in its
+    text; the message is what comes last in it."""
+    _, _, message = str(error).rpartition("\nValueError: ")
+    return message.strip()
+
+
+def another_rank_is_lost(error):
+    """Whether a collective failed, as it does where another rank has ended or is out of reach."""
+    if world() == 1 or not isinstance(error, RuntimeError):
+        return False
+    # nccl has a type for it. gloo raises a plain RuntimeError, whose text is the only sign of it.
+    return isinstance(error, dist.DistBackendError) or "gloo" in str(error)
+
+
+def is_failure(error):
+    """Whether a command that ends with this exception has failed; SystemExit 0 is no failure."""
+    return not isinstance(error, SystemExit) or bool(error.code)
+
+
+def leave_at_once(error):
+    """Prints what a failed rank has to say and ends it, with its status.
+
+    The rank does not leave the group properly: it would wait there for the other ranks, while they
+    wait for it in a collective.
+    """
+    status = 1
+    if not isinstance(error, SystemExit):
+        traceback.print_exception(error)
+    elif isinstance(error.code, str):
+        sys.stderr.write(f"{error.code}\n")  # in one piece, since other ranks may write too
+    elif isinstance(error.code, int):
+        status = error.code
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+# ------------------------------------------------------------------------------------- agreeing
+
 def rank():
+    """The number of this process, 0 to world() - 1."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
 def world():
+    """How many processes there are."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def barrier():
+    """Waits until every rank has come here."""
     if dist.is_initialized():
         dist.barrier()
 
 
 def all_reduce(tensor):
-    """The sum over ranks, in place."""
+    """Puts the sum over the ranks into `tensor`, and returns it."""
     if dist.is_initialized():
         dist.all_reduce(tensor)
     return tensor
@@ -103,20 +173,17 @@ def gather(value):
     return values
 
 
-def peak_gib(device):
-    """The most memory so far: of the GPU, or of this process on a CPU (resident set)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-
-
-def say(*words):
+def print_once(*words):
+    """Prints on rank 0 and nowhere else."""
     if rank() == 0:
         print(*words, flush=True)
 
 
 def on_rank_zero(work):
-    """Runs work() on rank 0 while the other ranks wait, and returns what it returned there (None elsewhere). If it fails, all stop."""
+    """Runs work() on rank 0 while the other ranks wait.
+
+    Returns what it returned there, and None on the other ranks. If it fails, all ranks stop.
+    """
     failed, result = torch.zeros(1), None
     try:
         if rank() == 0:
@@ -129,3 +196,69 @@ def on_rank_zero(work):
     if stop and rank() != 0:
         raise SystemExit(1)
     return result
+
+
+# ------------------------------------------------------------------------------- memory, signals
+
+@contextlib.contextmanager
+def out_of_memory(
+        batch,
+        smaller="--micro_batch, --max_tokens or --max_pixels, or --gradient_checkpointing,"):
+    """A context in which a lack of memory ends this rank and says on which studies it did.
+
+    batch    dict with "studies" (their ids) and tensors, whose shapes are printed
+    smaller  the flags that take less memory where they are smaller
+    Raises SystemExit where memory is not enough.
+    """
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not is_lack_of_memory(error):
+            raise
+        studies = ", ".join(batch["studies"])
+        shapes = ", ".join(f"{name} {tuple(value.shape)}" for name, value in batch.items()
+                           if isinstance(value, torch.Tensor))
+        raise SystemExit(f"rank {rank()}: out of memory on studies {studies}; {shapes}; a smaller "
+                         f"{smaller} takes less") from None
+
+
+def is_lack_of_memory(error):
+    """Whether an error says that memory was not enough."""
+    # torch's allocator on a CPU raises a plain RuntimeError, which only its text tells from others
+    known = isinstance(error, (MemoryError, torch.OutOfMemoryError))
+    return known or "can't allocate memory" in str(error)
+
+
+def peak_gib(device):
+    """The most memory in use so far, in GiB.
+
+    device  torch.device: memory of that GPU, or on a CPU of this process (its resident set)
+    """
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+class Stop:
+    """A request to stop, made by SIGTERM: `asked` is then True.
+
+    The loop finishes its step, saves and ends. A second SIGTERM kills the process, as does the
+    first one after over(). A SIGTERM within three seconds of the first one is the same request: a
+    scheduler signals every process, and torchrun passes the signal on to them too.
+    """
+
+    def __init__(self):
+        self.asked, self.since = False, None
+        signal.signal(signal.SIGTERM, self._ask)
+
+    def over(self):
+        """From here on a SIGTERM kills the process, as usual."""
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+    def _ask(self, *_):
+        """The handler of SIGTERM."""
+        if self.asked and time.monotonic() > self.since + 3:
+            self.over()
+            os.kill(os.getpid(), signal.SIGTERM)
+        elif not self.asked:
+            self.asked, self.since = True, time.monotonic()

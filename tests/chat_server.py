@@ -14,16 +14,24 @@ from PIL import Image
 
 
 def completion(text, finish="stop", usage=(100, 10), model="served-model", **message):
+    """The body of a good answer; usage: (tokens in, tokens out) or None; message: more keys."""
     reply = {"id": "c", "object": "chat.completion", "model": model,
-             "choices": [{"index": 0, "message": {"role": "assistant", "content": text, **message}, "finish_reason": finish}]}
+             "choices": [{"index": 0, "finish_reason": finish,
+                          "message": {"role": "assistant", "content": text, **message}}]}
     if usage:
-        reply["usage"] = {"prompt_tokens": usage[0], "completion_tokens": usage[1], "total_tokens": sum(usage)}
+        tokens_in, tokens_out = usage
+        reply["usage"] = {"prompt_tokens": tokens_in, "completion_tokens": tokens_out,
+                          "total_tokens": sum(usage)}
     return reply
 
 
 class Chat(ThreadingHTTPServer):
-    """answer(chat, body, nth) -> what to do, nth counting the requests with this body from 0:
-    a dict (200), (status, dict or bytes, headers), or a function of the handler that writes to its socket as it likes."""
+    """A server on a free port.
+
+    answer(chat, body, nth)  -> what to do, nth counting the requests with this body from 0: a dict
+        (sent with 200), (status, dict or bytes, headers), or a function of the handler that writes
+        to its socket as it likes
+    """
     request_queue_size = 256
     daemon_threads = True
 
@@ -39,9 +47,15 @@ class Chat(ThreadingHTTPServer):
         pass  # the client may be gone
 
     def images(self, body):
-        parts = [part["image_url"]["url"] for message in body["messages"] if isinstance(message["content"], list)
-                 for part in message["content"] if part["type"] == "image_url"]
-        return [Image.open(io.BytesIO(base64.b64decode(url.split(",", 1)[1]))) for url in parts]
+        """The PIL images in a request."""
+        contents = [message["content"] for message in body["messages"]]
+        urls = [part["image_url"]["url"] for content in contents if isinstance(content, list)
+                for part in content if part["type"] == "image_url"]
+        films = []
+        for url in urls:
+            _, _, pixels = url.partition(",")
+            films.append(Image.open(io.BytesIO(base64.b64decode(pixels))))
+        return films
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -89,8 +103,10 @@ class Handler(BaseHTTPRequestHandler):
 
 @contextlib.contextmanager
 def serve(answer, host="127.0.0.1"):
+    """A `Chat` that runs while the context does."""
     chat = Chat(answer, host)
-    thread = threading.Thread(target=chat.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread = threading.Thread(target=chat.serve_forever, kwargs={"poll_interval": 0.02},
+                              daemon=True)
     thread.start()
     try:
         yield chat

@@ -1,4 +1,7 @@
-"""A tiny world and a tiny random student of the real class, made once a session; nothing is downloaded."""
+"""A tiny world and a tiny random student of the real class, made once a session.
+
+Nothing is downloaded.
+"""
 
 import json
 import os
@@ -6,10 +9,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}  # every figure here is a CPU's
+# every figure here is a CPU's
+os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 ROOT = Path(__file__).resolve().parent.parent
 TESTS = ROOT / "tests"
-sys.path[:0] = map(str, [ROOT, ROOT / "tools", TESTS, *(TESTS / name for name in ("runtime", "evaluation", "tools", "experiment"))])
+ROOMS = ("runtime", "evaluation", "tools", "experiment")
+sys.path[:0] = map(str, [ROOT, ROOT / "tools", TESTS, *(TESTS / name for name in ROOMS)])
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -17,8 +22,8 @@ import transformers  # noqa: E402
 
 import data  # noqa: E402
 import student  # noqa: E402
-from scale_model import base as scale_base
-from scale_model import world as scale_world
+from scale_model import base as scale_base  # noqa: E402
+from scale_model import world as scale_world  # noqa: E402
 
 torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
@@ -28,7 +33,8 @@ def write_positives(file, studies):
     """t+ without a sampler: a teacher's text and a word."""
     with open(file, "w") as out:
         for i, study in enumerate(studies):
-            out.write(json.dumps({"id": study.id, "t_plus": list(study.trajectories.values())[i % 7] + " overall."}) + "\n")
+            t_plus = list(study.trajectories.values())[i % 7] + " overall."
+            out.write(json.dumps({"id": study.id, "t_plus": t_plus}) + "\n")
     return file
 
 
@@ -54,7 +60,8 @@ def studies(world, task):
 def base(tmp_path_factory, studies):
     """The folder of a random student."""
     folder = tmp_path_factory.mktemp("base")
-    model, tokenizer = scale_base.build_student(0, [text for study in studies for text in study.trajectories.values()])
+    texts = [text for study in studies for text in study.trajectories.values()]
+    model, tokenizer = scale_base.build_student(0, texts)
     scale_base.save_student(folder, model, tokenizer)
     return folder
 
@@ -62,7 +69,8 @@ def base(tmp_path_factory, studies):
 @pytest.fixture(scope="session")
 def positives(tmp_path_factory, studies):
     """For 23 of the 24 training studies, so that ranks and batches come out uneven."""
-    return write_positives(tmp_path_factory.mktemp("positives") / "positives.jsonl", [s for s in studies if s.split == "train"][1:])
+    file = tmp_path_factory.mktemp("positives") / "positives.jsonl"
+    return write_positives(file, [s for s in studies if s.split == "train"][1:])
 
 
 @pytest.fixture
@@ -71,28 +79,38 @@ def model(base):
 
 
 @pytest.fixture(scope="session")
-def encoder(base, task, world):
-    return data.Encoder(base, task, world)
+def processor(base, task, world):
+    return student.Processor(base, task, world)
 
 
 @pytest.fixture(scope="session")
-def talker(base, encoder, tmp_path_factory):
-    """The folder of a random student that likes to end: its texts have all lengths, and some do not end in time."""
+def talker(base, processor, tmp_path_factory):
+    """The folder of a random student that likes to end.
+
+    Its texts have all lengths, and some do not end in time.
+    """
     model, folder = student.load(base), tmp_path_factory.mktemp("talker")
     with torch.no_grad():
-        model.lm_head.weight[encoder.end] *= 8
-    scale_base.save_student(folder, model, encoder.tokenizer)
+        model.lm_head.weight[processor.end] *= 8
+    scale_base.save_student(folder, model, processor.tokenizer)
     return folder
 
 
 @pytest.fixture(scope="session")
 def script():
-    """script("spd.py", "--flag", ..., ranks=2) runs a script as a user would; returns the finished process, its output in .stdout."""
+    """script("spd.py", "--flag", ..., ranks=2) runs a script as a user would.
+
+    It returns the finished process, with what it printed in .stdout.
+    """
     def run(name, *flags, ranks=1, expect=0):
         name = ["-m", name] if "." not in name else [str(ROOT / name)]
-        start = [sys.executable] if ranks == 1 else [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
-        done = subprocess.run([*start, *name, *map(str, flags)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                              env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}, timeout=600, check=False)
+        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
+        start = [sys.executable] if ranks == 1 else [sys.executable, *torchrun]
+        done = subprocess.run(
+            [*start, *name, *map(str, flags)],
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+            timeout=600, check=False)
         assert done.returncode == expect, done.stdout[-6000:]
         return done
     return run
@@ -101,4 +119,5 @@ def script():
 @pytest.fixture
 def run_flags(world, base):
     """The flags that name the tiny world and student."""
-    return ["--preset", "demo", "--studies", world / "studies.jsonl", "--images", world, "--task_file", world / "task.json", "--student", base]
+    return ["--preset", "demo", "--studies", world / "studies.jsonl", "--images", world,
+            "--task_file", world / "task.json", "--student", base]

@@ -1,24 +1,35 @@
-"""Runs a stage with one fault in it, in this process or under torchrun; and `Job`, a stage's ranks as processes that can be killed.
+"""Runs a stage with one fault in it, in this process or under torchrun.
+
+Here is also `Job`, a stage's ranks as processes that can be killed.
 
     python tests/faults.py 'kill:step=3' apo.py --flags
     torchrun --nproc_per_node=4 tests/faults.py 'nan:rank=2,step=3' spd.py --flags
 
-Every fault is one rank's (rank=0 if it is not said). Steps are counted from 1, as log.jsonl and step-N/ do.
+Every fault is one rank's (rank=0 if it is not said). Steps are counted from 1, as log.jsonl and
+step-N/ do.
 
     none
-    kill:step=N[,when=after]                 SIGKILL of the rank before, or after, the optimiser's step N
-    kill_save:step=N,at=PLACE[,count=K]      SIGKILL inside the save of step N; PLACE is
-        shard     half of the rank's optimiser shard is written           fsync    before the K-th fsync (1)
-        rename    before the temporary folder is renamed                  renamed  after that, before old checkpoints are removed
-        removing  a file of an old checkpoint is removed, others are not
-    kill_batch:batch=N                       SIGKILL when the N-th batch is loaded, in a stage that samples or evaluates
-    nan:step=N, inf:step=N                   the log-probs of the step's first micro-batch become NaN or infinite, and so the gradients
-    nan_loss:step=N, inf_loss:step=N         the loss alone does: the gradients stay finite
-    out_of_memory:step=N                     torch.OutOfMemoryError in the forward of the step's first micro-batch
-    error:step=N                             an exception there that nobody foresaw
-    full_disk:step=N,bytes=B                 no file may grow beyond B bytes inside the save of step N ('finish': inside the last writing),
-                                             by RLIMIT_FSIZE: a write then fails as on a full disk
-    hold:step=N                              says "holding" and waits before the optimiser's step N, to be killed from outside
+    kill:step=N[,when=after]             SIGKILL of the rank before, or after, the optimiser's
+                                         step N
+    kill_save:step=N,at=PLACE[,count=K]  SIGKILL inside the save of step N; PLACE is
+        shard                            half of the rank's optimiser shard is written
+        fsync                            before the K-th fsync (1)
+        rename                           before the temporary folder is renamed
+        renamed                          after that, before old checkpoints are removed
+        removing                         a file of an old checkpoint is removed, others are not
+    kill_batch:batch=N                   SIGKILL when the N-th batch is loaded, in a stage that
+                                         samples or evaluates
+    nan:step=N, inf:step=N               the log-probs of the step's first micro-batch become NaN
+                                         or infinite, and so the gradients
+    nan_loss:step=N, inf_loss:step=N     the loss alone does: the gradients stay finite
+    out_of_memory:step=N                 torch.OutOfMemoryError in the forward of the step's first
+                                         micro-batch
+    error:step=N                         an exception there that nobody foresaw
+    full_disk:step=N,bytes=B             no file may grow beyond B bytes inside the save of step N
+                                         ('finish': inside the last writing), by RLIMIT_FSIZE: a
+                                         write then fails as on a full disk
+    hold:step=N                          says "holding" and waits before the optimiser's step N, to
+                                         be killed from outside
 """
 
 import importlib
@@ -41,9 +52,9 @@ import torch  # noqa: E402
 
 import student  # noqa: E402
 import training  # noqa: E402
-from runtime import checkpoint  # noqa: E402
+from runtime import checkpoint, run_folder, shared  # noqa: E402
 
-# --------------------------------------------------------------------------------------------------------- the faults
+# --- the faults
 
 
 def die():
@@ -52,7 +63,10 @@ def die():
 
 
 def watch_steps():
-    """-> {"step", "micro"} of the micro-batch that is at work, kept up to date; empty before the first one."""
+    """-> {"step", "micro"} of the micro-batch that is at work, kept up to date.
+
+    It is empty before the first one.
+    """
     now, seed_step = {}, training.seed_step
 
     def watched(seed, step, micro):
@@ -103,7 +117,7 @@ def hold(step):
 
 
 def kill_batch(batch):
-    loader = training.loader
+    loader = shared.loader
 
     def faulty(*args):
         for at, examples in enumerate(loader(*args), 1):
@@ -111,12 +125,13 @@ def kill_batch(batch):
                 die()
             yield examples
 
-    training.loader = faulty
+    shared.loader = faulty
 
 
 def out_of_memory(step):
     def fail(logps):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB (a fault that a test asked for)")
+        raise torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB (a fault that a test asked for)")
 
     after_forward(step, fail)
 
@@ -129,9 +144,12 @@ def error(step):
 
 
 def around_save(step, prepare, restore=lambda: None):
-    """prepare() and restore() before and after one save: of a step, or the last writing of all ('finish')."""
-    name = "finish" if step == "finish" else "save_checkpoint"
-    save = getattr(checkpoint, name)
+    """prepare() and restore() before and after one save.
+
+    step: of which step, or 'finish' for the last writing of all.
+    """
+    module, name = (training, "finish") if step == "finish" else (run_folder, "save_checkpoint")
+    save = getattr(module, name)
 
     def faulty(*args):
         if step == "finish" or args[1] == int(step):
@@ -141,7 +159,7 @@ def around_save(step, prepare, restore=lambda: None):
         finally:
             restore()
 
-    setattr(checkpoint, name, faulty)
+    setattr(module, name, faulty)
 
 
 def kill_save(step, at, count="1"):
@@ -198,19 +216,31 @@ def in_removal(count):
     shutil.rmtree = faulty
 
 
-PLACES = {"shard": in_shard, "fsync": in_fsync, "rename": in_rename, "renamed": lambda count: in_rename(count, before=False),
-          "removing": in_removal}
+PLACES = {
+    "shard": in_shard,
+    "fsync": in_fsync,
+    "rename": in_rename,
+    "renamed": lambda count: in_rename(count, before=False),
+    "removing": in_removal,
+}
 
 
 def full_disk(step, bytes):
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)  # beyond it Python gets EFBIG, since it ignores SIGXFSZ
+    # beyond it Python gets EFBIG, since it ignores SIGXFSZ
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     around_save(step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (int(bytes), limits[1])),
                 lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
 
 
 FAULTS = {
-    "none": lambda: None, "kill": kill, "kill_save": kill_save, "kill_batch": kill_batch, "hold": hold, "out_of_memory": out_of_memory,
-    "error": error, "full_disk": full_disk,
+    "none": lambda: None,
+    "kill": kill,
+    "kill_save": kill_save,
+    "kill_batch": kill_batch,
+    "hold": hold,
+    "out_of_memory": out_of_memory,
+    "error": error,
+    "full_disk": full_disk,
     "nan": lambda step: after_forward(step, lambda logps: logps * math.nan),
     "inf": lambda step: after_forward(step, lambda logps: logps * math.inf),
     "nan_loss": lambda step: after_forward(step, lambda logps: logps + math.nan),
@@ -228,29 +258,45 @@ def run(fault, script, flags):
     importlib.import_module(Path(script).stem).main()
 
 
-# ------------------------------------------------------------------------------------------- ranks that can be killed
+# --- ranks that can be killed
 
 class Job:
-    """A stage's ranks as processes, without torchrun: one gloo group, each rank a session of its own. They are
-    forked from a server that has torch imported, so that a start takes a moment instead of seconds. Use as a context: on leaving it,
-    whatever still lives is killed. output: a file that takes what all ranks print."""
+    """A stage's ranks as processes, without torchrun.
+
+    They are one gloo group, each rank a session of its own, and are forked from a server that has
+    torch imported, so that a start takes a moment instead of seconds. Use it as a context: at its
+    end, whatever still lives is killed.
+
+    script  "apo.py", or another stage
+    flags   the stage's flags
+    output  a file that takes what all ranks print
+    ranks   how many processes
+    fault   NAME or NAME:KEY=VALUE,..., see the top of this file
+    """
 
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["apo", "spd", "selfdistill", "evaluate", "faults"])
 
     def __init__(self, script, flags, output, ranks=1, fault="none"):
-        os.environ["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))  # for the server's imports
+        # for the server's imports
+        os.environ["PYTHONPATH"] = os.pathsep.join((str(ROOT), str(ROOT / "tests")))
         flags = list(map(str, flags))
-        self.log = Path(flags[flags.index("--output_dir") + 1] if "--output_dir" in flags else "") / "log.jsonl"
+        folder = flags[flags.index("--output_dir") + 1] if "--output_dir" in flags else ""
+        self.log = Path(folder) / "log.jsonl"
         self.log_before = self._log_file()
         self.output, environment = Path(output), {}
         self.output.unlink(missing_ok=True)
         if ranks > 1:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
-                environment = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(probe.getsockname()[1]), "WORLD_SIZE": str(ranks)}
-        self.ranks = [self.context.Process(target=_rank, args=({**environment, "RANK": str(rank)} if ranks > 1 else {}, str(output), fault,
-                                                               script, flags)) for rank in range(ranks)]
+                port = probe.getsockname()[1]
+            environment = {
+                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
+        self.ranks = []
+        for rank in range(ranks):
+            own = {**environment, "RANK": str(rank)} if ranks > 1 else {}
+            self.ranks.append(self.context.Process(
+                target=_rank, args=(own, str(output), fault, script, flags)))
         for process in self.ranks:
             process.start()
 
@@ -281,7 +327,10 @@ class Job:
         return self.log.stat().st_ino if self.log.exists() else None
 
     def trains(self):
-        """Whether its training loop has begun: it begins by cutting log.jsonl back, in a new file."""
+        """Whether its training loop has begun.
+
+        The loop begins by cutting log.jsonl back, in a new file.
+        """
         return self._log_file() not in (None, self.log_before)
 
     def logged(self):
@@ -311,12 +360,14 @@ class Job:
 
 def children(pid):
     """The processes that a process has started and that live."""
-    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir() for child in (task / "children").read_text().split()]
+    return [int(child) for task in Path(f"/proc/{pid}/task").iterdir()
+            for child in (task / "children").read_text().split()]
 
 
 def _rank(environment, output, fault, script, flags):
     os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # what a process that nobody forked would have
+    # what a process that nobody forked would have
+    multiprocessing.set_start_method("fork", force=True)
     os.environ |= environment
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)

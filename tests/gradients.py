@@ -1,5 +1,9 @@
-"""A script for test_distributed.py: the reduced gradients of one step of Eq. 6 and of Eq. 11 over 4 studies, for any number of ranks
-and micro-batches, written by rank 0.   gradients.py BASE WORLD OUT MICRO_BATCH"""
+"""A script for test_distributed.py: the reduced gradients of one step of Eq. 6 and of Eq. 11.
+
+The step has 4 studies, for any number of ranks and micro-batches. Rank 0 writes the file.
+
+    gradients.py BASE WORLD OUT MICRO_BATCH
+"""
 
 import sys
 from pathlib import Path
@@ -20,10 +24,13 @@ task = data.load_task(f"{world}/task.json")
 studies = data.read_studies(f"{world}/studies.jsonl", task)[:4]
 names = data.teacher_names(studies)
 del studies[1].trajectories[names[2]]  # ragged: one teacher did not answer
-encoder = data.Encoder(base, task, world)
-examples = [encoder(s, data.student_prompt(s, task), [s.trajectories.get(n) for n in names]) for s in studies]
+processor = student.Processor(base, task, world)
+examples = [
+    processor(s, data.student_prompt(s, task), [s.trajectories.get(n) for n in names])
+    for s in studies]
 mine = [range(4)[i:i + int(micro)] for i in range(0, 4, int(micro))]
-mine = mine[ranks.rank() * len(mine) // ranks.world():(ranks.rank() + 1) * len(mine) // ranks.world()]
+first, behind = (len(mine) * rank // ranks.world() for rank in (ranks.rank(), ranks.rank() + 1))
+mine = mine[first:behind]
 tokens = sum(len(r) for e in examples for r in e["responses"] if r is not None)
 gradients = {}
 for train in ("decoder,merger,vision", "lora", "merger"):
@@ -35,14 +42,17 @@ for train in ("decoder,merger,vision", "lora", "merger"):
         model.zero_grad(set_to_none=False)
         for at, indices in enumerate(mine):
             batch = student.pack([examples[i] for i in indices], model)
-            with training.synced(packed, at == len(mine) - 1):
+            with training.micro_step(packed, batch, at == len(mine) - 1, 0, 0, at):
                 (logps,) = packed(batch)
                 if equation == "eq6":
                     loss = -logps.sum() / tokens
                 else:
-                    loss = apo.apo_loss(logps, logps.detach() + 0.1, mask=batch["tokens"][:, 1:] > 0)[0].sum() / 4
+                    losses, _ = apo.apo_loss(
+                        logps, logps.detach() + 0.1, mask=batch["tokens"][:, 1:] > 0)
+                    loss = losses.sum() / 4
                 (loss * ranks.world()).backward()
-        gradients |= {f"{train} {equation} {name}": p.grad.clone() for name, p in parameters.items()}
+        gradients |= {
+            f"{train} {equation} {name}": p.grad.clone() for name, p in parameters.items()}
 if ranks.rank() == 0:
     save_file(gradients, out)
 ranks.close()

@@ -1,4 +1,4 @@
-"""Eq. 8-11: hand-computed numbers, its special cases, its optimum by enumeration, and what it refuses."""
+"""Eq. 8-11: numbers computed by hand, special cases, the optimum by enumeration, and refusals."""
 
 import itertools
 import math
@@ -14,7 +14,8 @@ def test_three_teachers_by_hand():
     ref = torch.tensor([[-11.0, -11.0, -11.0, -18.0]])
     losses, rewards = apo_loss(logps, ref, weights=torch.tensor([1.0, 2.0, 0.5]), beta=0.5)
     assert rewards.tolist() == [[0.5, -0.5, 1.0, -1.0]]  # Eq. 8: 0.5 * (1, -1, 2, -2)
-    p = math.exp(0.5) / (math.exp(0.5) + 1 * math.exp(-0.5) + 2 * math.exp(1.0) + 0.5 * math.exp(-1.0))  # Eq. 9
+    negatives = 1 * math.exp(-0.5) + 2 * math.exp(1.0) + 0.5 * math.exp(-1.0)
+    p = math.exp(0.5) / (math.exp(0.5) + negatives)  # Eq. 9
     assert losses.item() == pytest.approx(-math.log(p), rel=1e-6)
 
 
@@ -31,7 +32,8 @@ def test_first_loss_is_log_of_one_plus_the_weights(n):
 def test_one_teacher_with_weight_one_is_dpo():
     logps, ref = torch.randn(5, 2, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
     margin = 0.3 * ((logps - ref)[:, 0] - (logps - ref)[:, 1])
-    assert torch.allclose(apo_loss(logps, ref, beta=0.3)[0], -torch.nn.functional.logsigmoid(margin), rtol=1e-12)
+    dpo = -torch.nn.functional.logsigmoid(margin)
+    assert torch.allclose(apo_loss(logps, ref, beta=0.3)[0], dpo, rtol=1e-12)
 
 
 def test_weights_of_one_are_s_dpo():
@@ -44,7 +46,8 @@ def test_weights_of_one_are_s_dpo():
 
 def test_gradient_is_beta_times_the_softmax_minus_one_hot():
     logps = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
-    ref, w = torch.randn(3, 5, dtype=torch.float64), torch.tensor([1.0, 0.2, 3.0, 0.0], dtype=torch.float64)
+    ref = torch.randn(3, 5, dtype=torch.float64)
+    w = torch.tensor([1.0, 0.2, 3.0, 0.0], dtype=torch.float64)
     losses, rewards = apo_loss(logps, ref, w, beta=0.7)
     losses.sum().backward()
     share = torch.cat([rewards[:, :1].exp(), w * rewards[:, 1:].exp()], 1)
@@ -56,8 +59,10 @@ def test_gradient_is_beta_times_the_softmax_minus_one_hot():
 
 def test_gradcheck_with_weights_and_absent_teachers():
     logps = torch.randn(2, 4, dtype=torch.float64, requires_grad=True)
-    ref, mask = torch.randn(2, 4, dtype=torch.float64), torch.tensor([[True, False, True], [True, True, True]])
-    assert torch.autograd.gradcheck(lambda x: apo_loss(x, ref, torch.tensor([0.5, 1.0, 2.0]), mask, 0.4)[0], logps)
+    ref = torch.randn(2, 4, dtype=torch.float64)
+    mask = torch.tensor([[True, False, True], [True, True, True]])
+    weights = torch.tensor([0.5, 1.0, 2.0])
+    assert torch.autograd.gradcheck(lambda x: apo_loss(x, ref, weights, mask, 0.4)[0], logps)
 
 
 @pytest.mark.parametrize("garbage", [0.0, 1e4, -1e30, float("nan"), float("inf"), -float("inf")])
@@ -70,15 +75,18 @@ def test_an_absent_teacher_counts_for_nothing_whatever_its_column_holds(garbage)
     losses, rewards = apo_loss(logps, ref, mask=mask, beta=0.5)
     losses.sum().backward()
     assert torch.allclose(losses, without)
-    assert torch.equal(logps.grad[:, 2], torch.zeros(2)) and torch.equal(rewards[:, 2], torch.zeros(2))
+    assert torch.equal(logps.grad[:, 2], torch.zeros(2))
+    assert torch.equal(rewards[:, 2], torch.zeros(2))
     assert torch.isfinite(logps.grad).all()
 
 
 def test_teachers_may_be_permuted_with_their_weights():
-    logps, ref, w = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64), torch.rand(5, dtype=torch.float64)
+    logps, ref = torch.randn(3, 6, dtype=torch.float64), torch.randn(3, 6, dtype=torch.float64)
+    w = torch.rand(5, dtype=torch.float64)
     order = torch.tensor([3, 1, 4, 0, 2])
     columns = torch.cat([torch.tensor([0]), 1 + order])
-    assert torch.allclose(apo_loss(logps, ref, w)[0], apo_loss(logps[:, columns], ref[:, columns], w[order])[0], rtol=1e-12)
+    permuted = apo_loss(logps[:, columns], ref[:, columns], w[order])[0]
+    assert torch.allclose(apo_loss(logps, ref, w)[0], permuted, rtol=1e-12)
 
 
 def test_weights_per_study_equal_weights_study_by_study():
@@ -92,20 +100,27 @@ def test_extreme_margins_stay_finite(margin):
     logps = torch.tensor([[margin, 0.0, -5.0]], requires_grad=True)
     losses, _ = apo_loss(logps, torch.zeros(1, 3), beta=1.0)
     losses.sum().backward()
-    assert losses.item() == pytest.approx(0.0 if margin > 0 else 1e4 + math.log1p(math.exp(-5)), rel=1e-6, abs=1e-6)
+    expected = 0.0 if margin > 0 else 1e4 + math.log1p(math.exp(-5))
+    assert losses.item() == pytest.approx(expected, rel=1e-6, abs=1e-6)
     assert torch.isfinite(logps.grad).all()
 
 
-@pytest.mark.parametrize("weights", [torch.tensor([1.0, -0.1]), torch.tensor([1.0, float("nan")]), torch.tensor([float("inf"), 1.0])])
+@pytest.mark.parametrize("weights", [
+    torch.tensor([1.0, -0.1]),
+    torch.tensor([1.0, float("nan")]),
+    torch.tensor([float("inf"), 1.0]),
+])
 def test_a_negative_or_non_finite_weight_is_refused(weights):
     with pytest.raises(ValueError, match="w_u >= 0"):
         apo_loss(torch.zeros(1, 3), torch.zeros(1, 3), weights)
 
 
-@pytest.mark.parametrize("shapes", [((3,), (3,)), ((2, 4), (2, 3)), ((2, 4), (2, 4), (2, 4)), ((2, 4), (2, 4), (3,))])
+@pytest.mark.parametrize("shapes", [
+    ((3,), (3,)), ((2, 4), (2, 3)), ((2, 4), (2, 4), (2, 4)), ((2, 4), (2, 4), (3,))])
 def test_other_shapes_are_refused(shapes):
     logps, ref, *mask = (torch.zeros(shape) for shape in shapes)
-    with pytest.raises(ValueError, match=r"expected logps and ref_logps \(B, 1\+N\) and mask \(B, N\) bool"):
+    message = r"expected logps and ref_logps \(B, 1\+N\) and mask \(B, N\) bool"
+    with pytest.raises(ValueError, match=message):
         apo_loss(logps, ref, mask=mask[0].bool() if mask else None)
 
 
@@ -115,15 +130,22 @@ def test_a_mask_of_numbers_is_refused():
 
 
 def test_a_study_without_teachers_is_refused():
+    mask = torch.tensor([[True, True], [False, False]])
     with pytest.raises(ValueError, match="at least one teacher"):
-        apo_loss(torch.zeros(2, 3), torch.zeros(2, 3), mask=torch.tensor([[True, True], [False, False]]))
+        apo_loss(torch.zeros(2, 3), torch.zeros(2, 3), mask=mask)
 
 
-# --- where the loss leads: the optimum over free rewards, found by enumerating all (t+, t^1 .. t^N) of a small outcome space
+# --- where the loss leads: the optimum over free rewards, found by enumerating all
+# --- (t+, t^1 .. t^N) of a small outcome space
 
 def optimal_rewards(p_plus, teachers, weights=None, joint=None):
-    """Minimises E[apo_loss] over one free reward per outcome. p_plus (V,), teachers: N tensors (V,), t+ independent of the teachers
-    unless `joint` gives P(t+ | t^1..t^N). -> r (V,), up to a constant."""
+    """Minimises E[apo_loss] over one free reward per outcome.
+
+    p_plus    (V,)
+    teachers  N tensors (V,)
+    joint     P(t+ | t^1..t^N); without it t+ is independent of the teachers
+    -> r (V,), up to a constant
+    """
     tuples = list(itertools.product(range(len(p_plus)), repeat=len(teachers)))
     rows, mass = [], []
     for negatives in tuples:
@@ -135,7 +157,9 @@ def optimal_rewards(p_plus, teachers, weights=None, joint=None):
     rows, mass = torch.tensor(rows), torch.tensor(mass, dtype=torch.float64)
     r = torch.zeros(len(p_plus), dtype=torch.float64, requires_grad=True)
     ref = torch.zeros(rows.shape, dtype=torch.float64)
-    optimiser = torch.optim.LBFGS([r], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-14, line_search_fn="strong_wolfe")
+    optimiser = torch.optim.LBFGS(
+        [r], max_iter=500, tolerance_grad=1e-12, tolerance_change=1e-14,
+        line_search_fn="strong_wolfe")
 
     def closure():
         optimiser.zero_grad()
@@ -155,7 +179,10 @@ def slope(r, p_plus, p_minus):
 
 
 def test_the_optimum_is_the_log_ratio_if_all_teachers_are_alike():
-    """r = log(p+ / p-) + c exactly: so pi ~ pi_ref (p+ / p-)^(1/beta), beta is an inverse guidance scale."""
+    """r = log(p+ / p-) + c exactly.
+
+    So pi ~ pi_ref (p+ / p-)^(1/beta), and beta is an inverse guidance scale.
+    """
     g = torch.Generator().manual_seed(0)
     p_plus, p_minus = torch.rand(2, 8, generator=g, dtype=torch.float64).add(0.2).unbind()
     p_plus, p_minus = p_plus / p_plus.sum(), p_minus / p_minus.sum()
@@ -174,18 +201,27 @@ def test_the_optimum_is_close_to_the_log_ratio_to_the_mixture_if_teachers_differ
 
 
 def test_normalised_weights_are_another_objective():
-    """With w = 1/N the slope against log(p+ / p-) falls below 1, with w above 1 it rises: not a rescaling of w = 1."""
+    """With w = 1/N the slope against log(p+ / p-) falls below 1, with w above 1 it rises.
+
+    It is not a rescaling of w = 1.
+    """
     g = torch.Generator().manual_seed(0)
     p = torch.rand(2, 8, generator=g, dtype=torch.float64).add(0.2)
     p_plus, p_minus = p / p.sum(1, keepdim=True)
-    slopes = {w: slope(optimal_rewards(p_plus, [p_minus] * 3, torch.full((3,), w)), p_plus, p_minus) for w in (1 / 3, 1.0, 3.0)}
+    slopes = {}
+    for w in (1 / 3, 1.0, 3.0):
+        r = optimal_rewards(p_plus, [p_minus] * 3, torch.full((3,), w))
+        slopes[w] = slope(r, p_plus, p_minus)
     assert slopes[1 / 3] == pytest.approx(0.74, abs=0.04)
     assert slopes[1.0] == pytest.approx(1.0, abs=1e-4)
     assert slopes[3.0] == pytest.approx(1.35, abs=0.08)
 
 
 def test_t_plus_drawn_from_its_own_negatives_breaks_the_independence():
-    """Eq. 7 samples t+ given the same T. Where t+ is a plurality vote of its negatives (N = 3, 6 outcomes) the slope leaves 1."""
+    """Eq. 7 samples t+ given the same T.
+
+    Where t+ is a plurality vote of its negatives (N = 3, 6 outcomes) the slope leaves 1.
+    """
     g = torch.Generator().manual_seed(0)
     p = torch.rand(6, generator=g, dtype=torch.float64).add(0.2)
     p = p / p.sum()
@@ -195,7 +231,9 @@ def test_t_plus_drawn_from_its_own_negatives_breaks_the_independence():
         top = (counts == counts.max()).double()
         return top / top.sum()
 
-    p_plus = sum(math.prod(float(p[v]) for v in t) * plurality(t) for t in itertools.product(range(6), repeat=3))
+    p_plus = sum(
+        math.prod(float(p[v]) for v in t) * plurality(t)
+        for t in itertools.product(range(6), repeat=3))
     r = optimal_rewards(p_plus, [p] * 3, joint=plurality)
     assert slope(r, p_plus, p) == pytest.approx(1.21, abs=0.12)
 
@@ -208,7 +246,10 @@ def test_response_logps_equals_a_python_loop():
     labels = ids.clone()
     labels[0, :3], labels[1, :5], labels[2, :1], labels[0, 6:] = -100, -100, -100, -100
     for b, got in enumerate(response_logps(logits, labels).tolist()):
-        want = sum(math.log(torch.softmax(logits[b, t].double(), -1)[labels[b, t + 1]]) for t in range(6) if labels[b, t + 1] != -100)
+        want = 0
+        for t in range(6):
+            if labels[b, t + 1] != -100:
+                want += math.log(torch.softmax(logits[b, t].double(), -1)[labels[b, t + 1]])
         assert got == pytest.approx(want, rel=1e-5)
 
 

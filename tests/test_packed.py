@@ -1,4 +1,4 @@
-"""The packed step against K separate forwards, what it scores, what trains, and PEFT's reading of our adapter."""
+"""The packed step against K separate forwards, what it scores, what trains, and PEFT's adapter."""
 
 import json
 
@@ -9,19 +9,25 @@ import data
 import student
 from apo import response_logps
 
+SPECIAL = "effusion <|im_end|> is <|image_pad|> severe. the image shows more"
+
 
 @pytest.fixture
-def examples(encoder, studies, task):
-    """Three studies: ragged responses, an absent teacher, special tokens in a text, an empty text, two images."""
-    texts = [["edema is absent", "effusion <|im_end|> is <|image_pad|> severe. the image shows more", "a"],
+def examples(processor, studies, task):
+    """Three studies: ragged texts, an absent teacher, special tokens, an empty text, two images."""
+    texts = [["edema is absent", SPECIAL, "a"],
              ["findings : none", None, "key points : x"],
              ["", "assessment - edema : mild , pneumonia : large", "looks"]]
     two = data.Study("two", studies[2].images + studies[3].images, {}, {})
-    return [encoder(study, data.student_prompt(study, task), t) for study, t in zip([studies[0], studies[1], two], texts)]
+    return [processor(study, data.student_prompt(study, task), t)
+            for study, t in zip([studies[0], studies[1], two], texts)]
 
 
 def separate_logps(model, examples):
-    """(B, K): one plain forward per response through `response_logps`, the form people copy; 0 where a teacher is absent."""
+    """(B, K): one plain forward per response through `response_logps`, the form that people copy.
+
+    It is 0 where a teacher is absent.
+    """
     rows = []
     for example in examples:
         for response in example["responses"]:
@@ -29,8 +35,13 @@ def separate_logps(model, examples):
                 rows.append(torch.zeros(1))
                 continue
             ids = torch.cat([example["prefix_ids"], response])[None]
-            logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), pixel_values=example["pixel_values"],
-                           image_grid_thw=example["image_grid_thw"], mm_token_type_ids=(ids == model.config.image_token_id).int()).logits
+            logits = model(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                pixel_values=example["pixel_values"],
+                image_grid_thw=example["image_grid_thw"],
+                mm_token_type_ids=(ids == model.config.image_token_id).int(),
+            ).logits
             labels = ids.clone()
             labels[:, :len(example["prefix_ids"])] = -100
             rows.append(response_logps(logits, labels))
@@ -66,21 +77,22 @@ def test_packed_gradients_equal_separate_forwards(model, examples, checkpointing
 
 def test_branches_do_not_see_each_other(model, examples):
     (before,) = student.PackedStudent(model)(student.pack(examples, model))
-    examples[0]["responses"][2] = torch.cat([examples[1]["responses"][0], examples[0]["responses"][2]])
+    long = torch.cat([examples[1]["responses"][0], examples[0]["responses"][2]])
+    examples[0]["responses"][2] = long
     (after,) = student.PackedStudent(model)(student.pack(examples, model))
     assert torch.allclose(before[0, :2], after[0, :2], rtol=1e-6)
     assert not torch.allclose(before[0, 2], after[0, 2], rtol=1e-3)
 
 
-def test_the_scored_tokens_are_exactly_the_responses(model, examples, encoder):
+def test_the_scored_tokens_are_exactly_the_responses(model, examples, processor):
     batch = student.pack(examples, model)
     flat = [r for example in examples for r in example["responses"] if r is not None]
     scored = [batch["targets"][batch["owner"] == o] for o in batch["owner"].unique()]
     assert [s.tolist() for s in scored] == [r.tolist() for r in flat]
     assert batch["tokens"].sum() == len(batch["targets"]) and (batch["tokens"][1, 1] == 0)
     texts = [t.tolist() for t in scored]
-    assert all(ids[-1] == encoder.end and encoder.end not in ids[:-1] for ids in texts)
-    assert encoder.text(scored[1]) == "effusion <|im_end|> is <|image_pad|> severe. the image shows more"
+    assert all(ids[-1] == processor.end and processor.end not in ids[:-1] for ids in texts)
+    assert processor.text(scored[1]) == SPECIAL
 
 
 def test_each_target_is_predicted_from_the_token_before_it(model, examples):
@@ -88,9 +100,12 @@ def test_each_target_is_predicted_from_the_token_before_it(model, examples):
     ids, branch, S = batch["ids"].flatten(), batch["branch"].flatten(), batch["ids"].shape[1]
     for example, row in zip(examples, range(3)):
         assert torch.equal(batch["ids"][row, :len(example["prefix_ids"])], example["prefix_ids"])
-    for target, source, owner in zip(batch["targets"].tolist(), batch["source"].tolist(), batch["owner"].tolist()):
+    predicted = (batch[key].tolist() for key in ("targets", "source", "owner"))
+    for target, source, owner in zip(*predicted):
         assert source // S == owner // 3
-        assert branch[source] in (0, owner % 3 + 1)
+        # absent responses have no branch
+        own = (batch["tokens"][owner // 3, :owner % 3] > 0).sum() + 1
+        assert branch[source] in (0, own)
         if branch[source] == 0:
             assert source % S == len(examples[owner // 3]["prefix_ids"]) - 1
         elif source + 1 < len(ids) and branch[source + 1] == branch[source]:
@@ -105,7 +120,8 @@ def test_positions_restart_behind_the_prefix(model, examples):
         for u in batch["branch"][b].unique():
             if u > 0:
                 positions = batch["position_ids"][:, b, batch["branch"][b] == u]
-                assert torch.equal(positions, (behind + torch.arange(positions.shape[1])).expand(3, -1))
+                expected = behind + torch.arange(positions.shape[1])
+                assert torch.equal(positions, expected.expand(3, -1))
 
 
 def test_chunks_of_the_head_do_not_change_the_sum(model, examples, monkeypatch):
@@ -135,7 +151,8 @@ def test_bf16_is_close_to_fp32(base, examples):
 ])
 def test_train_selects_exactly_these_parameters(model, train, expected):
     chosen = student.set_trainable(model, train)
-    assert set(chosen) == {name for name, _ in model.named_parameters() if expected(name)} and chosen
+    assert set(chosen) == {name for name, _ in model.named_parameters() if expected(name)}
+    assert chosen
     assert all(p.requires_grad == (name in chosen) for name, p in model.named_parameters())
 
 
@@ -153,12 +170,16 @@ def test_an_unknown_choice_of_what_trains_is_refused(flag):
 
 
 def test_a_frozen_tower_gets_no_backward_pass(model, examples):
-    """gradient checkpointing must not drag the gradient through the frozen vision tower (transformers hooks its patch embedding)."""
+    """Gradient checkpointing must not drag the gradient through the frozen vision tower.
+
+    transformers hooks the tower's patch embedding.
+    """
     student.set_trainable(model, ["lora"])
     student.enable_gradient_checkpointing(model)
     model.train()
     features = []
-    model.model.visual.merger.register_forward_hook(lambda _, __, out: features.append(out.requires_grad))
+    listen = lambda _, __, out: features.append(out.requires_grad)
+    model.model.visual.merger.register_forward_hook(listen)
     (logps,) = student.PackedStudent(model)(student.pack(examples, model))
     logps.sum().backward()
     assert features[0] is False
@@ -194,14 +215,17 @@ def test_peft_loads_the_adapter_and_gives_the_same_logits(base, examples, tmp_pa
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 4
 
 
-def test_a_saved_student_is_a_folder_that_loads_as_it_is(model, examples, encoder, tmp_path, task, world):
+def test_a_saved_student_is_a_folder_that_loads_as_it_is(
+        model, examples, processor, tmp_path, task, world):
     student.set_trainable(model, ["lora"])
     scatter_lora(model)
     student.merge_lora(model)
-    student.save(model, encoder, tmp_path / "out", "---\nlicense: other\n---\n")
+    student.save_student(model, processor, tmp_path / "out", "---\nlicense: other\n---\n")
     again = student.load(tmp_path / "out")
     assert torch.equal(separate_logps(again, examples), separate_logps(model, examples))
-    fresh = data.Encoder(tmp_path / "out", task, world)
-    assert fresh.tokens("edema is mild") == encoder.tokens("edema is mild")
-    assert {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "preprocessor_config.json",
-            "generation_config.json", "README.md"} <= {p.name for p in (tmp_path / "out").iterdir()}
+    fresh = student.Processor(tmp_path / "out", task, world)
+    assert fresh.tokens("edema is mild") == processor.tokens("edema is mild")
+    assert {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+        "preprocessor_config.json", "generation_config.json", "README.md",
+    } <= {p.name for p in (tmp_path / "out").iterdir()}

@@ -4,18 +4,22 @@ import json
 
 import numpy as np
 import pytest
+from faults import Job
 
 
 def test_torchrun_walks_learn_compare_critique_measure(script, run_flags, world, tmp_path):
     inputs = run_flags[:-2]  # without --student
-    script("spd.py", *run_flags, "--replay", world / "replay.jsonl", "--global_batch", 4, "--num_epochs", 4, "--learning_rate", 3e-3,
-           "--output_dir", tmp_path / "spd", "--logging_steps", 1, ranks=2)
-    script("selfdistill.py", *inputs, "--student", tmp_path / "spd" / "student", "--output_dir", tmp_path / "positives", "--max_new_tokens", 300,
-           ranks=2)
-    script("apo.py", *inputs, "--student", tmp_path / "spd" / "student", "--positives", tmp_path / "positives" / "positives.jsonl",
+    pi_st, after_apo = tmp_path / "spd" / "student", tmp_path / "apo" / "student"
+    script("spd.py", *run_flags, "--replay", world / "replay.jsonl", "--global_batch", 4,
+           "--num_epochs", 4, "--learning_rate", 3e-3, "--output_dir", tmp_path / "spd",
+           "--logging_steps", 1, ranks=2)
+    script("selfdistill.py", *inputs, "--student", pi_st, "--output_dir", tmp_path / "positives",
+           "--max_new_tokens", 300, ranks=2)
+    script("apo.py", *inputs, "--student", pi_st,
+           "--positives", tmp_path / "positives" / "positives.jsonl",
            "--output_dir", tmp_path / "apo", "--logging_steps", 1, ranks=2)
-    out = script("evaluate.py", "classify", *inputs[2:], "--student", f"after APO={tmp_path / 'apo' / 'student'}", "--max_new_tokens", 60,
-                 "--mode", "parse", "--json", ranks=2).stdout
+    out = script("evaluate.py", "classify", *inputs[2:], "--student", f"after APO={after_apo}",
+                 "--max_new_tokens", 60, "--mode", "parse", "--json", ranks=2).stdout
 
     spd = [json.loads(line) for line in (tmp_path / "spd" / "log.jsonl").read_text().splitlines()]
     apo = [json.loads(line) for line in (tmp_path / "apo" / "log.jsonl").read_text().splitlines()]
@@ -23,19 +27,37 @@ def test_torchrun_walks_learn_compare_critique_measure(script, run_flags, world,
     assert apo[0]["loss"] == pytest.approx(np.log(8), abs=1e-5) and apo[-1]["loss"] < apo[0]["loss"]
     assert apo[0]["rewards/chosen"] == pytest.approx(0, abs=1e-4)
     for teacher in ("gpt-5", "moonshot"):
-        assert {f"rewards/{teacher}", f"log_ratio/{teacher}", f"accuracies/{teacher}"} <= set(apo[0])
+        assert {f"rewards/{teacher}", f"accuracies/{teacher}"} <= set(apo[0])
     rows = json.loads(out.strip().splitlines()[-1])["rows"]
     assert {"label prior", "gpt-5", "vote of the teachers", "after APO"} <= set(rows)
-    assert set(rows["after APO"]["greedy"]["accuracy"]) == {"Consolidation", "Pleural Effusion", "Pneumonia", "Pneumothorax", "Edema"}
+    assert set(rows["after APO"]["greedy"]["accuracy"]) == {
+        "Consolidation", "Pleural Effusion", "Pneumonia", "Pneumothorax", "Edema"}
     for folder in ("spd", "apo"):
-        assert {"args.json", "env.json", "log.jsonl", "speed.jsonl", "finished.json"} <= {p.name for p in (tmp_path / folder).iterdir()}
+        names = {path.name for path in (tmp_path / folder).iterdir()}
+        assert {"args.json", "env.json", "log.jsonl", "speed.jsonl", "finished.json"} <= names
 
 
 def test_without_data_the_scale_model_is_made_and_the_second_call_finds_it_done(script, tmp_path):
     flags = ["--output_dir", tmp_path / "demo", "--max_steps", 3]
     first = script("apo.py", *flags, ranks=2).stdout
-    assert "no --studies: the scale model" in first and "one seed, not a result" in first and "paper: SPD, all teachers + APO" in first
+    assert "no --studies: the scale model" in first and "one seed, not a result" in first
+    assert "paper: SPD, all teachers + APO" in first
     results = (tmp_path / "demo" / "results.json").read_bytes()
     again = script("apo.py", *flags, ranks=1).stdout
-    assert "learn: " in again and again.count("is finished") == 3 and "holds these results already" in again
+    assert "learn: " in again and again.count("is finished") == 3
+    assert "holds these results already" in again
     assert (tmp_path / "demo" / "results.json").read_bytes() == results
+
+
+def test_the_scale_model_goes_on_after_a_kill_in_any_stage(tmp_path):
+    flags = ["--max_steps", "3", "--save_steps", "2", "--logging_steps", "1", "--output_dir"]
+    kills = ["kill:step=3", "kill_batch:batch=2", "kill:step=3", "none"]
+    for name, faults in (("whole", ["none"]), ("cut", kills)):
+        for fault in faults:
+            with Job("apo.py", [*flags, str(tmp_path / name)], tmp_path / "out", 1, fault) as job:
+                assert job.wait(200) == [0 if fault == "none" else -9], job.text()
+    for file in ("world/studies.jsonl", "spd/log.jsonl", "spd/student/model.safetensors",
+                 "selfdistill/positives.jsonl", "apo/log.jsonl", "apo/student/model.safetensors"):
+        whole, cut = (tmp_path / name / file for name in ("whole", "cut"))
+        assert whole.read_bytes() == cut.read_bytes(), file
+    assert "paper: SPD, all teachers + APO" in job.text()

@@ -6,22 +6,26 @@ import pytest
 import torch
 
 import apo
+import data
 import selfdistill
 import spd
+import student
 import training
 from runtime import ranks
 
 
 def test_the_schedule_warms_up_linearly_and_falls_as_a_cosine():
     rates = [training.schedule(step, 101, 1e-4, 1e-7, 20) for step in range(101)]
-    assert rates[0] == pytest.approx(1e-4 / 20) and rates[9] == pytest.approx(5e-5) and rates[19] == pytest.approx(1e-4)
-    assert rates[20] == pytest.approx(1e-4) and rates[60] == pytest.approx((1e-4 + 1e-7) / 2) and rates[100] == pytest.approx(1e-7)
+    assert rates[0] == pytest.approx(1e-4 / 20) and rates[9] == pytest.approx(5e-5)
+    assert rates[19] == pytest.approx(1e-4) and rates[20] == pytest.approx(1e-4)
+    assert rates[60] == pytest.approx((1e-4 + 1e-7) / 2) and rates[100] == pytest.approx(1e-7)
     assert all(a >= b for a, b in zip(rates[20:], rates[21:]))
     assert training.schedule(0, 10, 2e-5, 1e-7, 0) == 2e-5
 
 
 def settings(**flags):
-    return argparse.Namespace(**{"seed": 0, "global_batch": 4, "micro_batch": 1, "num_epochs": 2, "max_steps": None, **flags})
+    return argparse.Namespace(**{"seed": 0, "global_batch": 4, "micro_batch": 1, "num_epochs": 2,
+                                 "max_steps": None, **flags})
 
 
 @pytest.mark.parametrize("count, micro", [(1, 1), (1, 4), (2, 1), (2, 2), (4, 1)])
@@ -31,40 +35,98 @@ def test_each_step_takes_the_same_studies_however_they_are_shared(monkeypatch, c
         for rank in range(count):
             monkeypatch.setattr(ranks, "world", lambda: count)
             monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-            plan = training.Plan(11, settings(micro_batch=micro))
+            plan = training.Plan([1] * 11, settings(micro_batch=micro))
             batches = plan.micro_batches()
-            taken.append([sum(batches[s * plan.accumulation:(s + 1) * plan.accumulation], []) for s in range(plan.steps)])
+            per_step = [batches[s * plan.accumulation:(s + 1) * plan.accumulation]
+                        for s in range(plan.steps)]
+            taken.append([sum(step, []) for step in per_step])
         return [sorted(sum(step, [])) for step in zip(*taken)]
 
     assert steps(count, micro) == steps(1, 1)
-    assert all(len(set(step)) == 4 for step in steps(count, micro)) and len(steps(count, micro)) == 4  # 2 epochs x (11 // 4)
+    assert all(len(set(step)) == 4 for step in steps(count, micro))
+    assert len(steps(count, micro)) == 4  # 2 epochs x (11 // 4)
 
 
 @pytest.mark.parametrize("count, micro", [(1, 1), (2, 2), (4, 1)])
-def test_the_micro_batches_of_all_ranks_are_the_order_of_the_epoch_cut_in_pieces(monkeypatch, count, micro):
-    """The reference pass cuts the order like this, so that its rows are those of the first epoch and the first rewards exactly 0."""
+def test_the_micro_batches_of_all_ranks_are_the_order_of_the_epoch_cut_in_pieces(
+        monkeypatch, count, micro):
+    """The reference pass cuts the order like this.
+
+    So its rows are those of the first epoch, and the first rewards are exactly 0.
+    """
     batches = []
     for rank in range(count):
         monkeypatch.setattr(ranks, "world", lambda: count)
         monkeypatch.setattr(ranks, "rank", lambda rank=rank: rank)
-        plan = training.Plan(11, settings(micro_batch=micro))
+        plan = training.Plan([1] * 11, settings(micro_batch=micro))
         batches += plan.micro_batches()[:plan.steps_per_epoch * plan.accumulation]
     order = plan.order(0)
-    pieces = [[(0, index) for index in order[at:at + micro]] for at in range(0, plan.steps_per_epoch * 4, micro)]
+    starts = range(0, plan.steps_per_epoch * 4, micro)
+    pieces = [[(0, index) for index in order[at:at + micro]] for at in starts]
     assert sorted(batches) == sorted(pieces)
 
 
 def test_the_longest_micro_batch_is_the_one_with_the_longest_study():
-    plan = training.Plan(11, settings(micro_batch=2))
-    tokens = [100 - index for index in range(11)]
+    plan = training.Plan([100 - index for index in range(11)], settings(micro_batch=2))
     longest = min(index for batch in plan.micro_batches() for _, index in batch)
-    assert longest in [index for _, index in plan.longest(tokens)]
-    studies, tokens, step = training.longest_step(list("abcdefghijk"), tokens, settings())
-    assert set(studies) == set("abcd") and sorted(tokens) == [97, 98, 99, 100] and (step.n, step.steps) == (4, 1)
+    assert longest in [index for _, index in plan.longest()]
+
+
+def test_something_is_due_every_so_many_steps_and_at_the_end():
+    plan = training.Plan([1] * 11, settings())
+    assert [plan.due(done, 3) for done in range(1, 5)] == [False, False, True, True]
+
+
+def a_fit(processor, studies, task, limit, truncate):
+    """drop_long on a folder that keeps what is written there -> (kept, tokens, too_long)."""
+    class Folder:
+        long = []
+
+        def write_lines(self, name, records):
+            assert name == "too_long.jsonl"
+            self.long = records
+
+    folder, args = Folder(), argparse.Namespace(max_tokens=limit, truncate=truncate)
+    prompt = lambda study: data.student_prompt(study, task)
+    texts = lambda study: study.trajectories.values()
+    return *training.drop_long(processor, studies, prompt, texts, args, folder), folder.long
+
+
+def test_a_study_that_does_not_fit_is_reported_left_out_or_cut(base, task, world, studies, capsys):
+    texts = lambda study: list(study.trajectories.values())
+    prompt = lambda study: data.student_prompt(study, task)
+    processor = student.Processor(base, task, world)
+    sizes = [sum(lengths) + prefix
+             for prefix, lengths in (processor.lengths(s, prompt(s), texts(s)) for s in studies)]
+    limit = sorted(sizes)[len(sizes) // 2]
+    kept, tokens, long = a_fit(processor, studies, task, limit, truncate=False)
+    assert [s.id for s in kept] == [s.id for s, n in zip(studies, sizes) if n <= limit]
+    assert tokens == [n for n in sizes if n <= limit]
+    assert [(row["id"], row["tokens"], row["cut"]) for row in long] == [
+        (s.id, n, False) for s, n in zip(studies, sizes) if n > limit]
+    counts = f"{len(long)} studies exceed --max_tokens {limit}: 0 are cut, {len(long)} left out"
+    assert counts in capsys.readouterr().out
+
+    kept, tokens, long = a_fit(processor, studies, task, limit, truncate=True)
+    assert kept == studies and all(row["cut"] for row in long) and max(tokens) == limit
+    cutter = student.Processor(base, task, world, max_tokens=limit)
+    for study, size in zip(studies, sizes):
+        example = cutter(study, prompt(study), texts(study))
+        whole = processor(study, prompt(study), texts(study))
+        assert sum(map(len, example["responses"])) + len(example["prefix_ids"]) == min(size, limit)
+        # neither image nor prompt is cut
+        assert torch.equal(example["prefix_ids"], whole["prefix_ids"])
+        pairs = zip(example["responses"], whole["responses"])
+        assert all(torch.equal(r, w[:len(r)]) for r, w in pairs)
+
+
+def test_no_room_beside_the_image_is_no_study(processor, studies, task):
+    kept, _, long = a_fit(processor, studies[:1], task, 30, truncate=True)
+    assert kept == [] and long[0]["cut"] is False
 
 
 def test_a_resumed_plan_is_the_tail_of_the_whole_plan():
-    plan = training.Plan(11, settings())
+    plan = training.Plan([1] * 11, settings())
     assert plan.micro_batches(3) == plan.micro_batches()[3 * plan.accumulation:]
 
 
@@ -72,7 +134,7 @@ def test_a_resumed_plan_is_the_tail_of_the_whole_plan():
                                             ({"global_batch": 12, "micro_batch": 1}, "11 studies")])
 def test_numbers_that_do_not_divide_are_refused(flags, message):
     with pytest.raises(ValueError, match=message):
-        training.Plan(11, settings(**flags))
+        training.Plan([1] * 11, settings(**flags))
 
 
 def test_fp32_updates_equal_torchs_adamw():
@@ -87,7 +149,8 @@ def test_fp32_updates_equal_torchs_adamw():
             optimiser.zero_grad()
             m(x).square().sum().backward()
             optimiser.step()
-    assert torch.allclose(ours.weight, theirs.weight, rtol=1e-6) and torch.allclose(ours.bias, theirs.bias, rtol=1e-6)
+    assert torch.allclose(ours.weight, theirs.weight, rtol=1e-6)
+    assert torch.allclose(ours.bias, theirs.bias, rtol=1e-6)
 
 
 def test_a_bf16_weight_moves_through_its_fp32_master():
@@ -118,34 +181,40 @@ def test_clipping_is_by_the_global_norm():
     optimiser = torch.optim.SGD(weights.values(), lr=1.0)
     weights["a"].grad, weights["b"].grad = torch.tensor([3.0]), torch.tensor([4.0])
     assert training.update(weights, optimiser, 1.0, 1.0) == pytest.approx(5.0)
-    assert weights["a"].item() == pytest.approx(-0.6, rel=1e-4) and weights["b"].item() == pytest.approx(-0.8, rel=1e-4)
+    assert weights["a"].item() == pytest.approx(-0.6, rel=1e-4)
+    assert weights["b"].item() == pytest.approx(-0.8, rel=1e-4)
 
 
 def test_presets_are_defaults_that_flags_override():
     assert spd.parse([]).preset == "demo" and spd.parse([]).global_batch == 16
     paper = spd.parse(["--studies", "x"])
-    assert (paper.preset, paper.train, paper.learning_rate, paper.lora_dropout, paper.warmup_steps) == ("paper", "lora", 1e-4, 0.1, 20)
+    assert (paper.preset, paper.train, paper.learning_rate) == ("paper", "lora", 1e-4)
+    assert (paper.lora_dropout, paper.warmup_steps) == (0.1, 20)
     assert spd.parse(["--studies", "x", "--learning_rate", "3e-5"]).learning_rate == 3e-5
     assert set(spd.PRESETS) >= {"paper", "released", "demo"}
 
 
 def test_a_missing_input_names_the_command_that_makes_it(script, world, tmp_path):
-    out = script("apo.py", "--studies", world / "studies.jsonl", "--student", world, "--output_dir", tmp_path, expect=1).stdout
+    common = ["--studies", world / "studies.jsonl", "--output_dir", tmp_path]
+    out = script("apo.py", *common, "--student", world, expect=1).stdout
     assert "--positives: missing; stage 2 makes them: selfdistill.py" in out
-    out = script("selfdistill.py", "--studies", world / "studies.jsonl", "--student", "runs/nowhere/student", "--output_dir", tmp_path,
-                 expect=1).stdout
+    nowhere = "runs/nowhere/student"
+    out = script("selfdistill.py", *common, "--student", nowhere, expect=1).stdout
     assert "--student runs/nowhere/student: missing; stage 1 makes pi_st: spd.py" in out
 
 
 def test_the_presets_of_the_three_stages_agree_and_help_shows_them(capsys):
     for name in ("paper", "released"):
-        stages = [stage.parse(["--studies", "x", "--preset", name]) for stage in (spd, selfdistill, apo)]
+        flags = ["--studies", "x", "--preset", name]
+        stages = [stage.parse(flags) for stage in (spd, selfdistill, apo)]
         assert {args.refusals for args in stages} == {"keep"}, name
-    assert apo.parse(["--studies=x"]).train == "merger" and apo.parse(["--studies", "x", "--beta", "0.3"]).beta == 0.3
+    assert apo.parse(["--studies=x"]).train == "merger"
+    assert apo.parse(["--studies", "x", "--beta", "0.3"]).beta == 0.3
     with pytest.raises(SystemExit):
         apo.parse(["--studies", "x", "--help"])
     shown = " ".join(capsys.readouterr().out.split())
-    assert "what trains: lora,merger,decoder,vision (default: merger)" in shown and "decline to answer (default: keep)" in shown
+    assert "what trains: lora,merger,decoder,vision (default: merger)" in shown
+    assert "decline to answer (default: keep)" in shown
 
 
 def test_a_flag_cut_short_is_refused_since_the_preset_hangs_on_it():
@@ -157,4 +226,5 @@ def test_a_flag_cut_short_is_refused_since_the_preset_hangs_on_it():
 def test_a_norm_of_0_clips_nothing():
     weight = torch.nn.Parameter(torch.zeros(1))
     weight.grad = torch.tensor([30.0])
-    assert training.update({"w": weight}, torch.optim.SGD([weight], lr=1.0), 1.0, 0.0) == 30.0 and weight.item() == -30.0
+    optimiser = torch.optim.SGD([weight], lr=1.0)
+    assert training.update({"w": weight}, optimiser, 1.0, 0.0) == 30.0 and weight.item() == -30.0

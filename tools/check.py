@@ -1,28 +1,34 @@
 """Everything that is wrong with a studies.jsonl, at once, before a stage stumbles over it.
 
     python tools/check.py studies.jsonl --images files
-    python tools/check.py studies.jsonl --images files --student Qwen/Qwen2.5-VL-7B-Instruct --num_workers 16 --out good.jsonl
+    python tools/check.py studies.jsonl --images files --student Qwen/Qwen2.5-VL-7B-Instruct \\
+        --num_workers 16 --out good.jsonl
 
-Prints each fault as 'file:line: kind: what, and what was expected', then how many records have each kind, how many are good and how
-many of those can be trained on, and ends with status 1 if there was a fault. The kinds:
+Prints each fault as 'file:line: kind: what, and what was expected', then how many records have each
+kind, how many are good and how many of those can be trained on, and ends with status 1 if there was
+a fault. The kinds:
 
     json        the line is no JSON object in UTF-8
     field       a field is missing, empty or of the wrong type
     label       a finding or class that the task does not have
     trajectory  a teacher's text is empty or no text
     duplicate   an id that an earlier line has; the earlier one stays good
-    image       missing; outside; unreadable (decoded to the end); too large (a bomb, or an aspect ratio beyond 200)
+    image       missing; outside; unreadable (decoded to the end); too large (a bomb, or an aspect
+                ratio beyond 200)
     same text   two teachers of a study say the same, word for word
     refusal     a teacher declines to answer
     leak        the student's prompt tells this study's diagnosis
-    length      image, prompt and trajectories exceed --max_tokens: a stage would leave the study out, or cut it with --truncate
+    length      image, prompt and trajectories exceed --max_tokens: a stage would leave the study
+                out, or cut it with --truncate
 
---allow KIND,... counts and prints a kind without holding it against a record: --allow refusal is what --refusals keep and drop cope with.
---out writes the records without a fault, as they stand, and rejected.jsonl beside it: {"line", "faults", "record" or "text"}.
+--allow KIND,... counts and prints a kind without holding it against a record. Refusals, for
+example, may be allowed, since --refusals of the stages keeps or drops them.
+--out writes the records without a fault, byte for byte, and rejected.jsonl beside it:
+{"line", "faults", "record" or "text"}.
 
-Faults are printed as they are found and only the digests of the ids are kept, so the memory is that of a million ids and not of a
-million records. Token lengths need the student's tokenizer: with images they are what a stage will see; with --skip_images those of
-the texts alone.
+Faults are printed as they are found and only the digests of the ids are kept, so the memory is that
+of a million ids and not of a million records. Token lengths need the student's tokenizer: with
+images they are what a stage will see; with --skip_images those of the texts alone.
 """
 
 import argparse
@@ -36,23 +42,36 @@ import os
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from tqdm import tqdm
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/ surrounds the paper's scripts and is no package of its own
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/ is no package of its own
 
 import data  # noqa: E402
-from runtime.records import faults, line_of, parse_line, writing  # noqa: E402
+from runtime.records import atomic, line_of, parse_line  # noqa: E402
 
-KINDS = ("json", "field", "label", "trajectory", "duplicate", "image missing", "image outside", "image unreadable", "image too large",
-         "same text", "refusal", "leak", "length")
-FIELDS = {"labels": "label", "trajectories": "trajectory"}  # of records.faults, which names the field first
-IMAGE_FAULTS = {"no such image": "image missing", "lies outside": "image outside", "pixels, expected": "image too large",
-                "decompression bomb": "image too large"}  # what data.load_image says, in the order in which it is looked for
+KINDS = ("json", "field", "label", "trajectory", "duplicate", "image missing", "image outside",
+         "image unreadable", "image too large", "same text", "refusal", "leak", "length")
+# data.record_faults names the field first in each sentence; any field that is not here is "field"
+FIELDS = {"labels": "label", "trajectories": "trajectory"}
+# what data.load_image says -> the kind, in the order in which it is looked for
+IMAGE_FAULTS = {
+    "no such image": "image missing",
+    "lies outside": "image outside",
+    "pixels, expected": "image too large",
+    "decompression bomb": "image too large"}
 
+
+# ----------------------------------------------------------------------------------------- one line
 
 class TextLengths:
-    """Token lengths without the image, and without torch: tokenizer.json is read by the library that transformers itself uses."""
+    """Token lengths without the image, and without torch.
+
+    student  folder or hub id, whose tokenizer.json is read by the library that transformers uses
+    task     data.Task, for its system prompt
+    Raises ValueError where the tokenizer cannot be read.
+    """
 
     def __init__(self, student, task):
         from tokenizers import Tokenizer
@@ -68,162 +87,278 @@ class TextLengths:
             raise ValueError(f"{file}: expected the student's tokenizer: {error}") from None
         self.tokenizer.encode_special_tokens = True  # '<|im_end|>' in a text is text
 
+    def count(self, text):
+        """The number of tokens of a text."""
+        return len(self.tokenizer.encode(text, add_special_tokens=False).ids)
+
     def lengths(self, study, prompt, responses):
-        count = lambda text: len(self.tokenizer.encode(text, add_special_tokens=False).ids)
-        return count(self.task.prompts["system"]) + count(prompt), [count(text) + 1 for text in responses]
+        """Returns (tokens of the prompts, [tokens of each response with its end token]); takes the
+        arguments of student.Processor.lengths, of which `study` is not used."""
+        prefix = self.count(self.task.prompts["system"]) + self.count(prompt)
+        return prefix, [self.count(text) + 1 for text in responses]
+
+
+class Checked(NamedTuple):
+    """What was found in a line.
+
+    name      the id; None where there is none
+    found     [(kind, sentence)]
+    tokens    {teacher: tokens of its text}, empty where they are not counted
+    teachers  how many teachers a record of the training split has; None where it is of another
+              split or cannot be read
+    """
+    name: str
+    found: list
+    tokens: dict
+    teachers: int = None
 
 
 class Check:
-    """check(line) -> (id or None, [(kind, sentence)], {teacher: tokens}, how many teachers a record of the training split has, None where
-    it is of another) of one line of bytes; what a worker process holds."""
+    """Checks a line of bytes by itself; a worker process holds one.
+
+    args  the flags of `parse`
+    check(line) returns a Checked. Raises ValueError where the task or the student's tokenizer
+    cannot be read.
+    """
 
     def __init__(self, args):
-        self.args, self.task, self.encoder = args, data.load_task(args.task_file), None
+        self.args, self.task, self.processor = args, data.load_task(args.task_file), None
         self.template = self.task.prompts[args.prompt]
-        self.told = {f: value for f, value in data.read_classes(self.template, self.task).items() if value in self.task.positive}
-        if args.student:
-            self.encoder = TextLengths(args.student, self.task) if args.skip_images else \
-                data.Encoder(args.student, self.task, args.images, args.max_pixels)
+        self.told = {finding: value
+                     for finding, value in data.read_classes(self.template, self.task).items()
+                     if value in self.task.positive}
+        if args.student and args.skip_images:
+            self.processor = TextLengths(args.student, self.task)
+        elif args.student:
+            import student  # not at the top: it needs torch, and checking records little memory
+
+            self.processor = student.Processor(args.student, self.task, args.images,
+                                               args.max_pixels)
 
     def __call__(self, line):
         try:
             record = parse_line(line)
         except ValueError as error:
-            return None, [("json", str(error))], {}, None
-        found = [(FIELDS.get(sentence.split('"')[1], "field"), sentence) for sentence in faults(record, self.task)]
+            return Checked(None, [("json", str(error))], {})
+        found = [(FIELDS.get(sentence.split('"')[1], "field"), sentence)
+                 for sentence in data.record_faults(record, self.task)]
+        kinds = {kind for kind, _ in found}
         name = record.get("id") if isinstance(record.get("id"), str) else None
-        if any(kind == "field" for kind, _ in found):
-            return name, found, {}, None
+        if "field" in kinds:
+            return Checked(name, found, {})
         image = record["image"]
-        good = lambda key: all(kind != FIELDS[key] for kind, _ in found)
-        study = data.Study(name, tuple(image if isinstance(image, list) else [image]), record.get("labels", {}) if good("labels") else {},
-                           record.get("trajectories", {}) if good("trajectories") else {})
-        pictures = [] if self.args.skip_images else self.images(study)
-        found += pictures + self.texts(study)
+        # labels or trajectories that are faulty themselves are not looked at any further
+        study = data.Study(
+            id=name,
+            images=tuple(image if isinstance(image, list) else [image]),
+            labels={} if "label" in kinds else record.get("labels", {}),
+            trajectories={} if "trajectory" in kinds else record.get("trajectories", {}))
+        of_images = [] if self.args.skip_images else self.images(study)
+        found += of_images + self.texts(study)
         tokens = {}
-        if self.encoder and not pictures:
-            prefix, lengths = self.encoder.lengths(study, data.student_prompt(study, self.task, self.args.prompt), study.trajectories.values())
+        if self.processor and not of_images:
+            prefix, lengths = self.processor.lengths(study, self.prompt(study),
+                                                     study.trajectories.values())
             tokens, total = dict(zip(study.trajectories, lengths)), prefix + sum(lengths)
             if total > self.args.max_tokens:
-                found.append(("length", f"{total} tokens, expected at most --max_tokens {self.args.max_tokens}"))
-        return name, found, tokens, len(study.trajectories) if record.get("split") in (None, "train") else None
+                found.append(("length", f"{total} tokens, expected at most --max_tokens "
+                                        f"{self.args.max_tokens}"))
+        trains = record.get("split") in (None, "train")
+        return Checked(name, found, tokens, len(study.trajectories) if trains else None)
+
+    def prompt(self, study):
+        """What the student is asked about a study."""
+        return data.student_prompt(study, self.task, self.args.prompt)
 
     def images(self, study):
+        """[(kind, sentence)] of a study's images, which are decoded to the end."""
         found = []
         for path in study.images:
             try:
                 data.load_image(path, self.args.images)
             except ValueError as error:
-                kind = next((kind for sign, kind in IMAGE_FAULTS.items() if sign in str(error)), "image unreadable")
-                found.append((kind, str(error)))
+                kinds = [kind for sign, kind in IMAGE_FAULTS.items() if sign in str(error)]
+                found.append((kinds[0] if kinds else "image unreadable", str(error)))
         return found
 
     def texts(self, study):
+        """[(kind, sentence)] of a study's trajectories, and of its prompt."""
         found, first = [], {}
         for teacher, text in study.trajectories.items():
             words = " ".join(text.split()).lower()
             if words in first:
-                found.append(("same text", f"{first[words]!r} and {teacher!r} say the same, expected a text of each teacher's own"))
+                found.append(("same text", f"{first[words]!r} and {teacher!r} say the same, "
+                                           "expected a text of each teacher's own"))
             first.setdefault(words, teacher)
             if data.is_refusal(text, self.task):
                 found.append(("refusal", f"{teacher!r} declines: {text.strip()[:80]!r}"))
         if study.labels and "{diseases}" in self.template:
-            found.append(("leak", f"the student is asked {data.student_prompt(study, self.task, self.args.prompt)[:200]!r}, expected no diagnosis"))
+            found.append(("leak", f"the student is asked {self.prompt(study)[:200]!r}, expected no "
+                                  "diagnosis"))
         elif told := [f for f, value in self.told.items() if study.labels.get(f) == value]:
-            found.append(("leak", f"the student's prompt says {', '.join(told)}, as this study's labels do, expected no diagnosis"))
+            found.append(("leak", f"the student's prompt says {', '.join(told)}, as this study's "
+                                  "labels do, expected no diagnosis"))
         return found
 
 
-def results(path, args):
-    """Yields (line number, bytes, result of Check) of each line that is not blank, in order; in --num_workers processes if there are any."""
+# ----------------------------------------------------------------------------------------- the file
+
+def checked_lines(path, args):
+    """Checks the lines of a file that are not blank, in --num_workers processes if there are any.
+
+    path  the file
+    args  the flags of `parse`
+    Yields (line number, the line's bytes, Checked), in the file's order.
+    """
     with open(path, "rb") as file, contextlib.ExitStack() as stack:
         lines = ((number, line) for number, line in enumerate(file, 1) if line.strip())
-        check, run = Check(args), map
+        work, run = Check(args), map
         if args.num_workers:  # spawned, since a fork of a process with torch's threads may hang
-            pool = stack.enter_context(multiprocessing.get_context("spawn").Pool(args.num_workers, _start, (args,)))
-            check, run = _work, functools.partial(pool.map, chunksize=8)
-        bar = stack.enter_context(tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc="check"))
+            processes = multiprocessing.get_context("spawn")
+            pool = stack.enter_context(processes.Pool(args.num_workers, _start, (args,)))
+            work, run = _work, functools.partial(pool.map, chunksize=8)
+        bar = stack.enter_context(
+            tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc="check"))
         while batch := list(itertools.islice(lines, 64 * max(1, args.num_workers))):
-            for (number, line), result in zip(batch, run(check, [line for _, line in batch])):
-                yield number, line, result
+            for (number, line), checked in zip(batch, run(work, [line for _, line in batch])):
+                yield number, line, checked
             bar.update(sum(len(line) for _, line in batch))
 
 
 def _start(args):
+    """Makes the Check of a worker process."""
     global _check
     _check = Check(args)
 
 
 def _work(line):
+    """The Checked of a line, in a worker process."""
     return _check(line)
 
 
 def check(args):
-    """Checks the file of `args.studies` and writes what `args.out` asks for. Returns the figures that --json prints."""
-    seen, kinds, lengths, records, bad, training, taught = {}, Counter(), {}, 0, 0, 0, 0
+    """Checks the file of `args.studies`, prints its faults and writes what `args.out` asks for.
+
+    args  the flags of `parse`
+    Returns what --json prints: {"records", "good", "training", "with trajectories", "kinds": {kind:
+    records}, "tokens": {teacher: as `length_summary` returns}}. Raises ValueError where the file
+    has no record.
+    """
+    seen, counts, kinds, lengths = {}, Counter(), Counter(), {}
     with contextlib.ExitStack() as stack:
         if args.out:
-            good, rejected = (stack.enter_context(writing(path)) for path in (args.out, Path(args.out).with_name("rejected.jsonl")))
-        for number, line, (name, found, lengths_here, teachers) in results(args.studies, args):
-            records += 1
-            if name is not None:
-                digest = int.from_bytes(hashlib.blake2b(name.encode("utf-8"), digest_size=8).digest(), "little")
-                if seen.setdefault(digest, number) != number:
-                    found.append(("duplicate", f"{name!r} stands in line {seen[digest]} already, expected it once"))
+            files = [stack.enter_context(open(stack.enter_context(atomic(path)), "wb"))
+                     for path in (args.out, Path(args.out).with_name("rejected.jsonl"))]
+        for number, line, (name, found, tokens, teachers) in checked_lines(args.studies, args):
+            if name is not None and (before := seen.setdefault(digest(name), number)) != number:
+                found.append(("duplicate", f"{name!r} is in line {before} already, expected it "
+                                           "once"))
             for kind, sentence in found:
                 tqdm.write(f"{args.studies}:{number}: {kind}: {sentence}")
             kinds.update({kind for kind, _ in found})
-            for teacher, n in lengths_here.items():
+            for teacher, n in tokens.items():
                 lengths.setdefault(teacher, Counter())[n] += 1
             against = [f"{kind}: {sentence}" for kind, sentence in found if kind not in args.allow]
-            bad += bool(against)
-            training += teachers is not None and not against
-            taught += bool(teachers) and not against
-            if args.out and not against:
-                good.write(line.rstrip(b"\r\n") + b"\n")
-            elif args.out:
-                as_read = {"text": line.decode("utf-8", "replace").rstrip("\r\n")} if found[0][0] == "json" else {"record": json.loads(line)}
-                rejected.write(line_of({"line": number, "faults": against, **as_read}))
-        if not records:
+            counts["records"] += 1
+            counts["good"] += not against
+            counts["training"] += teachers is not None and not against
+            counts["with trajectories"] += bool(teachers) and not against
+            if args.out:
+                write(*files, number, line, found, against)
+        if not counts["records"]:
             raise ValueError(f"{args.studies}: no record, expected one JSON object a line")
-    return {"records": records, "good": records - bad, "training": training, "with trajectories": taught,
-            "kinds": {kind: kinds[kind] for kind in KINDS if kinds[kind]}, "tokens": {teacher: spread(count) for teacher, count in lengths.items()}}
+    return {**counts, "kinds": {kind: kinds[kind] for kind in KINDS if kinds[kind]},
+            "tokens": {teacher: length_summary(count) for teacher, count in lengths.items()}}
 
 
-def spread(count):
-    """{tokens: how many texts} -> n, mean, 95% and the longest."""
+def digest(name):
+    """A number of 64 bits for an id, which takes less memory than the id."""
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8"), digest_size=8).digest(), "little")
+
+
+def write(good, rejected, number, line, found, against):
+    """Writes a line to the file that it belongs to.
+
+    good, rejected  the two files, open for bytes
+    number, line    the line and its bytes
+    found           [(kind, sentence)]
+    against         the faults that are not allowed, as they are written
+    """
+    if not against:
+        good.write(line.rstrip(b"\r\n") + b"\n")
+    elif "json" in dict(found):
+        text = line.decode("utf-8", "replace").rstrip("\r\n")
+        rejected.write(line_of({"line": number, "faults": against, "text": text}))
+    else:
+        rejected.write(line_of({"line": number, "faults": against, "record": json.loads(line)}))
+
+
+def length_summary(count):
+    """Returns {"n", "mean", "95%", "longest"} of {tokens: how many texts}."""
     n, below = sum(count.values()), 0
     for length in sorted(count):
         below += count[length]
         if below >= 0.95 * n:
             break
-    return {"n": n, "mean": sum(k * v for k, v in count.items()) / n, "95%": length, "longest": max(count)}
+    mean = sum(tokens * texts for tokens, texts in count.items()) / n
+    return {"n": n, "mean": mean, "95%": length, "longest": max(count)}
 
+
+# -------------------------------------------------------------------------------------- the command
 
 def parse(argv=None):
+    """The flags of a list of words; None: of the command line. Exits with status 2 where they do
+    not go together."""
     text, epilog = __doc__.split("\n\n", 1)
-    parser = argparse.ArgumentParser(description=text, epilog=epilog, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("studies", help="studies.jsonl")
-    parser.add_argument("--images", default=".", help="folder that the image paths are relative to (default: %(default)s)")
-    parser.add_argument("--skip_images", action="store_true", help="do not open images")
-    parser.add_argument("--task_file", help="task.json; without it MIMIC-CXR's 14 findings")
-    parser.add_argument("--student", help="folder or hub id whose tokenizer counts tokens (default: lengths are not checked)")
-    parser.add_argument("--max_tokens", type=int, default=8192, help="tokens of a study: image, prompt and trajectories (default: %(default)s)")
-    parser.add_argument("--max_pixels", type=int, default=1024 * 28 * 28, help="pixels per image, 784 make a token (default: %(default)s)")
-    parser.add_argument("--prompt", choices=("student", "teacher"), default="student", help="the student's prompt; teacher: Appendix B's, a leak")
-    parser.add_argument("--allow", type=lambda text: text.split(","), default=[], metavar="KIND,...", help="kinds that are counted but reject no record")
-    parser.add_argument("--out", metavar="GOOD.jsonl", help="records without a fault; the others go to rejected.jsonl beside it")
-    parser.add_argument("--num_workers", type=int, default=0, help="processes that open images and count tokens (default: %(default)s)")
-    parser.add_argument("--json", action="store_true", help="end with one line of JSON")
+    parser = argparse.ArgumentParser(description=text, epilog=epilog,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "studies",
+        help="studies.jsonl")
+    parser.add_argument(
+        "--images", default=".",
+        help="folder that the image paths are relative to (default: %(default)s)")
+    parser.add_argument(
+        "--skip_images", action="store_true",
+        help="do not open images")
+    parser.add_argument(
+        "--task_file",
+        help="task.json; without it MIMIC-CXR's 14 findings")
+    parser.add_argument(
+        "--student",
+        help="folder or hub id whose tokenizer counts tokens (default: lengths are not checked)")
+    parser.add_argument(
+        "--max_tokens", type=int, default=8192,
+        help="tokens of a study: image, prompt and trajectories (default: %(default)s)")
+    parser.add_argument(
+        "--max_pixels", type=int, default=1024 * 28 * 28,
+        help="pixels per image, 784 make a token (default: %(default)s)")
+    parser.add_argument(
+        "--prompt", choices=("student", "teacher"), default="student",
+        help="the student's prompt; teacher: Appendix B's, a leak")
+    parser.add_argument(
+        "--allow", type=lambda text: text.split(","), default=[], metavar="KIND,...",
+        help="kinds that are counted but reject no record")
+    parser.add_argument(
+        "--out", metavar="GOOD.jsonl",
+        help="records without a fault; the others go to rejected.jsonl beside it")
+    parser.add_argument(
+        "--num_workers", type=int, default=0,
+        help="processes that open images and count tokens (default: %(default)s)")
+    parser.add_argument(
+        "--json", action="store_true",
+        help="end with one line of JSON")
     args = parser.parse_args(argv)
     if unknown := set(args.allow) - set(KINDS):
         parser.error(f"--allow {','.join(sorted(unknown))}: expected some of {', '.join(KINDS)}")
-    if args.out and (Path(args.out).resolve() == Path(args.studies).resolve() or Path(args.out).name == "rejected.jsonl"):
+    same = args.out and Path(args.out).resolve() == Path(args.studies).resolve()
+    if same or args.out and Path(args.out).name == "rejected.jsonl":
         parser.error(f"--out {args.out}: expected another name than the input's and rejected.jsonl")
     return args
 
 
 def main():
+    """Runs the command; ends with status 1 where there is a fault."""
     args = parse()
     try:
         found = check(args)
@@ -232,11 +367,14 @@ def main():
     for kind, count in found["kinds"].items():
         print(f"{count:>9,} records: {kind}{' (allowed)' if kind in args.allow else ''}")
     for teacher, row in found["tokens"].items():
-        print(f"{teacher:24}{row['n']:>9,} texts, tokens: mean {row['mean']:.0f}, 95% {row['95%']}, longest {row['longest']}")
+        print(f"{teacher:24}{row['n']:>9,} texts, tokens: mean {row['mean']:.0f}, "
+              f"95% {row['95%']}, longest {row['longest']}")
     print(f"{args.studies}: {found['good']:,} of {found['records']:,} records are good")
-    print(f"{found['with trajectories']:,} of the {found['training']:,} good ones of the training split have trajectories")
+    print(f"{found['with trajectories']:,} of the {found['training']:,} good ones of the training "
+          "split have trajectories")
     if found["training"] and not found["with trajectories"]:
-        print("warning: there is nothing to train on before tools/collect.py or tools/convert.py studies --into has put trajectories in")
+        print("warning: there is nothing to train on before tools/collect.py or tools/convert.py "
+              "studies --into has put trajectories in")
     if args.json:
         print(json.dumps(found))
     raise SystemExit(int(found["good"] < found["records"]))

@@ -37,7 +37,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data  # noqa: E402
 from runtime import endpoint as endpoints  # noqa: E402
-from runtime.records import line_of, writing  # noqa: E402
+from runtime.records import atomic, line_of  # noqa: E402
 
 IN_A_ROW = 10  # so many failed requests, and a teacher is not asked any more
 
@@ -46,7 +46,7 @@ class Stopped(Exception):
     """Asked to stop, out of budget, or the teacher is closed: the request is not made."""
 
 
-# ------------------------------------------------------------------------------------------------------ the teachers
+# ------------------------------------------------------------------------------------- the teachers
 
 class Teacher:
     """An endpoint, its prices and its turn-taking."""
@@ -138,7 +138,7 @@ class Purse:
             self.change.notify_all()
 
 
-# ------------------------------------------------------------------------------------------------------- the answers
+# -------------------------------------------------------------------------------------- the answers
 
 def read_answers(path):
     """The rows of an OUT.answers.jsonl. Raises ValueError naming file and line."""
@@ -193,7 +193,7 @@ def merge(path, records, rows, names):
     for row in rows:
         if row["status"] == "answered":
             answers.setdefault(row["id"], {})[row["teacher"]] = row["text"]
-    with writing(path) as file:
+    with atomic(path) as temporary, open(temporary, "wb") as file:
         for record in records:
             new, old = answers.get(record["id"], {}), record.get("trajectories", {})
             merged = {**old, **{name: new[name] for name in names if name in new and name not in old}}
@@ -202,7 +202,7 @@ def merge(path, records, rows, names):
     return count
 
 
-# ------------------------------------------------------------------------------------------------------------ asking
+# ------------------------------------------------------------------------------------------- asking
 
 @functools.lru_cache(maxsize=256)  # the teachers walk the studies side by side
 def image_part(path, root, max_pixels):
@@ -327,7 +327,7 @@ def collect(teachers, todo, chosen, task, args, purse, answers):
     return caught[0] if caught else 0
 
 
-# ------------------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description="Ask the teachers (Appendix B) through OpenAI-compatible chat endpoints.")
@@ -387,7 +387,7 @@ def run(args):
     chosen = [study for study in studies if args.split is None or study.split in (None, args.split)][:args.limit]
     missing = [path for study in chosen for path in study.images if not data.image_path(path, args.images).is_file()]
     if missing:
-        raise ValueError(f"{args.images}: {len(missing)} images are missing, the first is {missing[0]}{data.doubled(missing[0], args.images)}")
+        raise ValueError(f"{args.images}: {len(missing)} images are missing, the first is {missing[0]}{data.folder_twice_hint(missing[0], args.images)}")
 
     out, path = Path(args.out), Path(f"{args.out}.answers.jsonl")
     if out.exists() and not path.exists() and out.resolve() != Path(args.studies).resolve() and not args.dry_run:

@@ -38,7 +38,7 @@ from tqdm import tqdm  # noqa: E402
 
 import data  # noqa: E402
 from evaluation import datasets  # noqa: E402
-from runtime.records import faults, line_of, read_json, read_jsonl, writing  # noqa: E402
+from runtime.records import atomic, line_of, read_json, read_jsonl  # noqa: E402
 
 FIELDS = ("id", "image", "split", "report")
 
@@ -46,7 +46,7 @@ FIELDS = ("id", "image", "split", "report")
 def objects(path):
     """Yields (place, object) of a .jsonl, .json or .csv; the place is 'file:line', or 'file[index]' in a .json."""
     if path.endswith(".csv"):
-        lines = datasets.table(path)
+        lines = datasets.csv_lines(path)
         head = next(lines, (1, []))[1]
         if len(set(head)) < len(head):
             raise ValueError(f"{path}:1: expected each column once, found {', '.join(map(repr, head))}")
@@ -136,7 +136,7 @@ def read_rows(args, mapping, task):
     for place, item in tqdm(objects(args.file), desc="rows", disable=None):
         record = convert(item, mapping) if isinstance(item, dict) else {}
         found = [f'"trajectories": the teacher is {name!r}, expected a name' for name in record.get("trajectories", {})
-                 if not isinstance(name, str) or not name] or faults(record, task)
+                 if not isinstance(name, str) or not name] or data.record_faults(record, task)
         if args.into:
             found = [fault for fault in found if fault.startswith(('"id"', '"trajectories"'))]
         known = None if found else records.get(record["id"])
@@ -180,7 +180,7 @@ def studies(args):
     task = data.load_task(args.task_file)
     rows = read_rows(args, mapping, task)
     records, counts = put_into(args, rows, task) if args.into else (list(rows.values()), {})
-    with writing(args.out) as file:
+    with atomic(args.out) as temporary, open(temporary, "wb") as file:
         file.writelines(map(line_of, records))
     teachers = data.teacher_names([data.Study(r["id"], (), {}, r.get("trajectories", {})) for r in records])
     texts = {teacher: sum(teacher in r.get("trajectories", {}) for r in records) for teacher in teachers}
@@ -214,7 +214,7 @@ def trl(args):
         read, dropped = data.drop_refusals(read, task)
         print(f"{dropped} refusals dropped")
     rows = 0
-    with writing(args.out) as file:
+    with atomic(args.out) as temporary, open(temporary, "wb") as file:
         for study in tqdm(read, desc="studies", disable=None):
             for row in preferences(study, task, args.images, args.prompt):
                 file.write(line_of(row))

@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from tqdm import tqdm  # noqa: E402
 
 import data  # noqa: E402
-from evaluation.datasets import chexpert_labels, find, mimic_image, number, read_text, report_sections, rows  # noqa: E402
-from runtime.records import line_of, writing  # noqa: E402
+from evaluation.datasets import chexpert_labels, csv_columns, find, mimic_image, number, read_text, report_sections  # noqa: E402
+from runtime.records import atomic, line_of  # noqa: E402
 
 SPLITS = ("train", "validate", "test")
 VIEWS = ("PA", "AP")  # in the order of preference
@@ -40,9 +40,9 @@ VIEWS = ("PA", "AP")  # in the order of preference
 def films(root):
     """-> {(subject, study): (split, dicom_id of its film or None)}. Raises ValueError where a patient is in two splits."""
     table = find(root, "mimic-cxr-2.0.0-metadata.csv*")
-    views = {row["dicom_id"]: row["ViewPosition"] for _, row in rows(table, "dicom_id", "ViewPosition")}
+    views = {row["dicom_id"]: row["ViewPosition"] for _, row in csv_columns(table, "dicom_id", "ViewPosition")}
     table, studies, split_of = find(root, "mimic-cxr-2.0.0-split.csv*"), {}, {}
-    for line, row in rows(table, "dicom_id", "study_id", "subject_id", "split"):
+    for line, row in csv_columns(table, "dicom_id", "study_id", "subject_id", "split"):
         where, split = f"{table}:{line}", row["split"]
         subject, study = number(row["subject_id"], f"{where}: subject_id"), number(row["study_id"], f"{where}: study_id")
         if split not in SPLITS:
@@ -60,7 +60,7 @@ def films(root):
 def tested_films(table):
     """MS-CXR-T's csv -> ({subject}, {film of one of its pairs, current or previous, as a path below --root})."""
     subjects, paths = set(), set()
-    for line, row in rows(table, "subject_id", "study_id", "dicom_id", "previous_study_id", "previous_dicom_id"):
+    for line, row in csv_columns(table, "subject_id", "study_id", "dicom_id", "previous_study_id", "previous_dicom_id"):
         where, subject = f"{table}:{line}", number(row["subject_id"], f"{table}:{line}: subject_id")
         for which in ("", "previous_"):
             path = below_files(row[f"{which}dicom_id"], subject, number(row[f"{which}study_id"], f"{where}: {which}study_id"))
@@ -124,7 +124,7 @@ def prepare(args):
 
     image_of = {key: below_files(dicom, *key) for key, (_, dicom) in studies.items()}
     needed, listed = sorted({*image_of.values(), *of_pairs}), Path(args.out).with_suffix(".images.txt")
-    with writing(listed) as file:
+    with atomic(listed) as temporary, open(temporary, "wb") as file:
         file.writelines(f"{path}\n".encode() for path in needed)
     counts["films listed"], counts["of them in pairs of MS-CXR-T"] = len(needed), len(of_pairs)
     print(f"{listed}: the {len(needed)} films that are needed")
@@ -143,7 +143,7 @@ def prepare(args):
         raise ValueError(f"{root}: no study is left, expected films of {', '.join(SPLITS)} below files/")
 
     folder = Path(args.reports) / "files" if args.reports and (Path(args.reports) / "files").is_dir() else Path(args.reports or ".")
-    with writing(args.out) as file:
+    with atomic(args.out) as temporary, open(temporary, "wb") as file:
         for (subject, study), (split, _) in tqdm(studies.items(), desc="studies", disable=None):
             record = {"id": f"s{study}", "image": image_of[subject, study], "labels": label_of.get(study, {}), "split": split, "subject": subject}
             counts["without labels"] += study not in label_of

@@ -1,4 +1,5 @@
-"""What is measured: scores against arithmetic done by hand, the table as it is printed, and the command on one and two ranks."""
+"""What is measured: scores against arithmetic done by hand, the table as it is printed, and the
+command on one and two ranks."""
 
 import json
 import re
@@ -7,13 +8,16 @@ import pytest
 
 import data
 import evaluate
+import sampling
 import student
 from data import Study
 from evaluation import tables
 
 TASK = {
-    "findings": {"Effusion": ["effusion"], "Edema": ["edema"], "Heart": ["heart"]}, "positive": ["yes"],
-    "classes": {"no": ["no {finding}"], "yes": ["{finding} yes"]}, "prompts": {"student": "", "teacher": "{diseases}", "compare": "{readers}"},
+    "findings": {"Effusion": ["effusion"], "Edema": ["edema"], "Heart": ["heart"]},
+    "positive": ["yes"],
+    "classes": {"no": ["no {finding}"], "yes": ["{finding} yes"]},
+    "prompts": {"student": "", "teacher": "{diseases}", "compare": "{readers}"},
 }
 
 
@@ -26,22 +30,28 @@ def three(tmp_path_factory):
 
 def cases(*rows):
     """Rows of labels and teachers' texts."""
-    return [Study(f"s{i}", (), labels, dict(zip("uvw", texts))) for i, (labels, texts) in enumerate(rows)]
+    return [Study(f"s{i}", (), labels, dict(zip("uvw", texts)))
+            for i, (labels, texts) in enumerate(rows)]
 
 
-# ------------------------------------------------------------------------------------------------------------ scores
+# ------------------------------------------------------------------------------------------- scores
 
 def test_accuracy_is_per_finding_over_its_labels_and_the_mean_is_unweighted(three):
-    studies = cases(({"Effusion": "yes", "Edema": "no"}, []), ({"Effusion": "no"}, []), ({"Effusion": "yes"}, []), ({"Effusion": "yes"}, []))
-    readings = [{"Effusion": "yes", "Edema": "no", "Heart": "yes"}, {"Effusion": "yes", "Edema": "yes"}, {"Heart": "no"}, {"Effusion": "yes"}]
+    studies = cases(({"Effusion": "yes", "Edema": "no"}, []), ({"Effusion": "no"}, []),
+                    ({"Effusion": "yes"}, []), ({"Effusion": "yes"}, []))
+    readings = [{"Effusion": "yes", "Edema": "no", "Heart": "yes"},
+                {"Effusion": "yes", "Edema": "yes"}, {"Heart": "no"}, {"Effusion": "yes"}]
     assert evaluate.score(readings, studies, three) == {
-        "accuracy": {"Effusion": 2 / 4, "Edema": 1 / 1}, "mean": 0.75, "n": {"Effusion": 4, "Edema": 1},  # Heart has no label, so no score
+        # Heart has no label, so no score
+        "accuracy": {"Effusion": 2 / 4, "Edema": 1 / 1}, "mean": 0.75,
+        "n": {"Effusion": 4, "Edema": 1},
         "unread": 1 / 5,  # one of five labels was not read, and it counts as wrong
         "agreement_with_vote": None}
 
 
 def test_agreement_is_with_what_the_teachers_say_not_with_the_labels(three):
-    studies = cases(({"Edema": "no"}, ["edema yes, no heart", "edema yes"]), ({}, ["no effusion", "silence"]), ({"Edema": "no"}, ["silence"]))
+    studies = cases(({"Edema": "no"}, ["edema yes, no heart", "edema yes"]),
+                    ({}, ["no effusion", "silence"]), ({"Edema": "no"}, ["silence"]))
     out = evaluate.score([{"Edema": "yes"}, {"Effusion": "no"}, {"Edema": "no"}], studies, three)
     assert out["agreement_with_vote"] == 2 / 3 and out["accuracy"] == {"Edema": 1 / 2}
 
@@ -52,25 +62,32 @@ def test_without_labels_there_is_no_score(three):
 
 
 def test_the_prior_is_the_most_frequent_training_class(three):
-    train = cases(({"Effusion": "yes", "Edema": "no"}, []), ({"Effusion": "no"}, []), ({"Effusion": "no"}, []))
+    train = cases(({"Effusion": "yes", "Edema": "no"}, []), ({"Effusion": "no"}, []),
+                  ({"Effusion": "no"}, []))
     assert evaluate.prior(train, three) == {"Effusion": "no", "Edema": "no"}
 
 
 def test_the_baselines_are_the_prior_each_teacher_and_their_vote(three):
-    studies = cases(({"Edema": "yes"}, ["edema yes", "edema yes", "no edema"]), ({"Edema": "no"}, ["edema yes", "no edema", "no edema"]),
+    studies = cases(({"Edema": "yes"}, ["edema yes", "edema yes", "no edema"]),
+                    ({"Edema": "no"}, ["edema yes", "no edema", "no edema"]),
                     ({"Edema": "no"}, ["no edema"]))
     rows = evaluate.baselines(studies, cases(({"Edema": "no"}, [])), three)
     assert {name: (row["mean"], row["unread"]) for name, row in rows.items()} == {
-        "label prior": (2 / 3, 0), "u": (2 / 3, 0), "v": (2 / 3, 1 / 3), "w": (1 / 3, 1 / 3),  # v and w are silent on the third
+        # v and w are silent on the third
+        "label prior": (2 / 3, 0), "u": (2 / 3, 0), "v": (2 / 3, 1 / 3), "w": (1 / 3, 1 / 3),
         "vote of the teachers": (1, 0)}
     assert list(rows)[0] == "label prior" and list(rows)[-1] == "vote of the teachers"
-    assert list(evaluate.baselines(cases(({"Edema": "no"}, [])), studies, three)) == ["label prior"]  # nobody to vote
+    # nobody to vote
+    assert list(evaluate.baselines(cases(({"Edema": "no"}, [])), studies, three)) == ["label prior"]
 
 
 def test_a_voice_is_known_by_its_first_words():
-    studies = cases(({}, ["The film shows edema.", "Key points: edema"]), ({}, ["the  FILM shows\nno edema", "The film shows nothing"]))
-    texts = ["The film shows a heart", "key points: edema yes", "Something else entirely", "the film", ""]
-    assert evaluate.styles(texts, studies) == {"u": 1, "v": 1, "other": 3}  # 'the film shows': u twice, v once
+    studies = cases(({}, ["The film shows edema.", "Key points: edema"]),
+                    ({}, ["the  FILM shows\nno edema", "The film shows nothing"]))
+    texts = ["The film shows a heart", "key points: edema yes", "Something else entirely",
+             "the film", ""]
+    # 'the film shows': u twice, v once
+    assert evaluate.styles(texts, studies) == {"u": 1, "v": 1, "other": 3}
 
 
 def test_the_scale_models_teachers_have_seven_voices(studies):
@@ -79,7 +96,7 @@ def test_the_scale_models_teachers_have_seven_voices(studies):
         assert evaluate.styles(texts, studies) == {name: len(studies)}
 
 
-# ------------------------------------------------------------------------------------------------------------- table
+# -------------------------------------------------------------------------------------------- table
 
 def scores(**accuracy):
     return {"accuracy": accuracy, "mean": sum(accuracy.values()) / len(accuracy), "unread": 0.125}
@@ -89,32 +106,45 @@ def cells(text):
     """{row: {column: figure, or '-'}}, read by where a figure ends below its column's name."""
     head, *lines = text.splitlines()
     ends = {match.end(): match[0] for match in re.finditer(r"mean \w+|\S+", head)}
-    return {line[:34].strip(): {ends[34 + m.end()]: m[0] if m[0] == "-" else float(m[0]) for m in re.finditer(r"\S+", line[34:])} for line in lines}
+    rows = {}
+    for line in lines:
+        figures = re.finditer(r"\S+", line[34:])
+        rows[line[:34].strip()] = {ends[34 + m.end()]: m[0] if m[0] == "-" else float(m[0])
+                                   for m in figures}
+    return rows
 
 
 FIVE = dict(zip(tables.FIVE, (0.81, 0.62, 0.73, 0.94, 0.55)))
 
 
 def test_the_table_puts_every_figure_below_its_name():
-    rows = {"teacher": scores(**FIVE), "student": {"greedy": scores(**{**FIVE, "Edema": 0.25}), "sampled": {"mean": 0.5}}}
-    out = cells(tables.table(rows, tables.FIVE, tables.TABLE_5))
-    assert out["teacher"] == {"Con.": 0.81, "PE": 0.62, "Pna.": 0.73, "Pnx.": 0.94, "Ede.": 0.55, "mean": 0.73, "unread": 0.125}
-    assert out["student"] == {"Con.": 0.81, "PE": 0.62, "Pna.": 0.73, "Pnx.": 0.94, "Ede.": 0.25, "mean": 0.67, "sampled": 0.5, "unread": 0.125}
-    assert out["paper: SPD, all teachers + APO"] == {"Con.": 0.84, "PE": 0.67, "Pna.": 0.78, "Pnx.": 0.96, "Ede.": 0.65, "mean": 0.78}
+    rows = {"teacher": scores(**FIVE),
+            "student": {"greedy": scores(**{**FIVE, "Edema": 0.25}), "sampled": {"mean": 0.5}}}
+    out = cells(tables.accuracy_table(rows, tables.FIVE, tables.TABLE_5))
+    assert out["teacher"] == {"Con.": 0.81, "PE": 0.62, "Pna.": 0.73, "Pnx.": 0.94, "Ede.": 0.55,
+                              "mean": 0.73, "unread": 0.125}
+    assert out["student"] == {"Con.": 0.81, "PE": 0.62, "Pna.": 0.73, "Pnx.": 0.94, "Ede.": 0.25,
+                              "mean": 0.67, "sampled": 0.5, "unread": 0.125}
+    assert out["paper: SPD, all teachers + APO"] == {"Con.": 0.84, "PE": 0.67, "Pna.": 0.78,
+                                                     "Pnx.": 0.96, "Ede.": 0.65, "mean": 0.78}
 
 
 def test_the_table_leaves_out_findings_that_nobody_has_and_marks_what_one_row_lacks():
-    text = tables.table({"a": scores(Effusion=0.5, Heart=1.0), "b": scores(Effusion=0.25)}, ("Effusion", "Edema", "Heart"))
+    text = tables.accuracy_table({"a": scores(Effusion=0.5, Heart=1.0), "b": scores(Effusion=0.25)},
+                                 ("Effusion", "Edema", "Heart"))
     assert text.splitlines()[0].split() == ["Effusi", "Heart", "mean", "sampled", "unread"]
     assert text.splitlines()[2].split() == ["b", "0.250", "nan", "0.250", "0.125"]
 
 
 def test_the_papers_figures_stay_below_their_findings_when_the_data_lack_one():
     some = {name: value for name, value in FIVE.items() if name != "Pneumonia"}
-    text, note = tables.table({"student": scores(**some)}, tables.FIVE, tables.TABLE_5).rsplit("\n", 1)
+    text = tables.accuracy_table({"student": scores(**some)}, tables.FIVE, tables.TABLE_5)
+    text, note = text.rsplit("\n", 1)
     out = cells(text)
-    assert out["paper: SPD, all teachers + APO"]["Ede."] == 0.65 and out["paper: SPD, all teachers + APO"]["mean 5"] == 0.78
-    assert out["student"]["mean 5"] == "-" and out["student"]["mean all"] == 0.73  # four findings have no mean of five
+    assert out["paper: SPD, all teachers + APO"]["Ede."] == 0.65
+    assert out["paper: SPD, all teachers + APO"]["mean 5"] == 0.78
+    # four findings have no mean of five
+    assert out["student"]["mean 5"] == "-" and out["student"]["mean all"] == 0.73
     assert note == "no mean 5 where one of the paper's five findings has no figure: Pneumonia"
 
 
@@ -122,64 +152,83 @@ def test_the_papers_mean_stands_below_that_of_its_five_findings_and_never_below_
     fourteen = {**dict.fromkeys(data.CHEST.findings, 0.0), **FIVE}
     sampled = {**scores(**{**fourteen, "Edema": 0.05}), "mean": 0.0}
     rows = {"u": scores(**fourteen), "student": {"greedy": scores(**fourteen), "sampled": sampled}}
-    text = tables.table(rows, data.CHEST.findings, tables.TABLE_5)
+    text = tables.accuracy_table(rows, data.CHEST.findings, tables.TABLE_5)
     out = cells(text)
-    assert list(out["u"])[:6] == ["Con.", "PE", "Pna.", "Pnx.", "Ede.", "Ate."] and len(out["u"]) == 14 + 3
+    assert list(out["u"])[:6] == ["Con.", "PE", "Pna.", "Pnx.", "Ede.", "Ate."]
+    assert len(out["u"]) == 14 + 3
     for row in ("u", "student"):
         assert out[row]["mean 5"] == 0.73 and out[row]["mean all"] == 0.261  # 3.65 / 5 and / 14
     assert out["student"]["sampled"] == 0.63  # 3.15 / 5
-    assert {"mean 5": 0.68} == {k: v for k, v in out["paper: SPD, all teachers"].items() if "mean" in k} and "no mean" not in text
-    assert "mean all" not in tables.table({"u": scores(**fourteen)}, data.CHEST.findings)  # nothing of the paper's beside
-    rows["v"] = scores(**{finding: value for finding, value in fourteen.items() if finding != "Edema"})
-    *lines, note = tables.table(rows, data.CHEST.findings, tables.TABLE_5).splitlines()
-    assert note.endswith(": Edema") and [cells("\n".join(lines))[row]["mean 5"] for row in "uv"] == [0.73, "-"]
+    paper = out["paper: SPD, all teachers"]
+    assert {"mean 5": 0.68} == {key: value for key, value in paper.items() if "mean" in key}
+    assert "no mean" not in text
+    # nothing of the paper's beside
+    assert "mean all" not in tables.accuracy_table({"u": scores(**fourteen)}, data.CHEST.findings)
+    thirteen = {finding: value for finding, value in fourteen.items() if finding != "Edema"}
+    rows["v"] = scores(**thirteen)
+    *lines, note = tables.accuracy_table(rows, data.CHEST.findings, tables.TABLE_5).splitlines()
+    assert note.endswith(": Edema")
+    assert [cells("\n".join(lines))[row]["mean 5"] for row in "uv"] == [0.73, "-"]
 
 
-# ----------------------------------------------------------------------------------------------------------- answers
+# ------------------------------------------------------------------------------------------ answers
 
-def test_answers_do_not_depend_on_the_batch_they_are_in(model, encoder, studies, task):
+def test_answers_do_not_depend_on_the_batch_they_are_in(model, processor, studies, task):
     for temperature in (0.0, 1.0):
-        one, three_at_once, all_at_once = (evaluate.answers(model, encoder, studies[:7], task, temperature, batch_size=size, max_new_tokens=12)
-                                           for size in (1, 3, 50))
+        one, three_at_once, all_at_once = (
+            sampling.answers(model, processor, studies[:7], task, temperature, batch_size=size,
+                             max_new_tokens=12) for size in (1, 3, 50))
         assert one == three_at_once == all_at_once and len(set(one)) > 1
-    assert one != evaluate.answers(model, encoder, studies[:7], task, 1.0, seed=1, max_new_tokens=12)
+    assert one != sampling.answers(model, processor, studies[:7], task, 1.0, seed=1,
+                                   max_new_tokens=12)
 
 
-def test_the_prompt_that_names_the_diagnosis_is_used_only_when_asked_for(encoder, studies, task, monkeypatch):
+def test_the_prompt_that_names_the_diagnosis_is_used_only_when_asked_for(processor, studies, task,
+                                                                         monkeypatch):
     prompts = []
 
-    def sample(model, encoder, examples, *rest):
-        prompts.extend(encoder.text(example["prefix_ids"]) for example in examples)
-        return [(encoder.response("x"), "stop") for _ in examples]
+    def sample(model, processor, examples, *rest):
+        prompts.extend(processor.text(example["prefix_ids"]) for example in examples)
+        return [(processor.response("x"), "stop") for _ in examples]
 
-    monkeypatch.setattr(student, "sample", sample)
-    ill = [s for s in studies if data.student_prompt(s, task, "teacher") != data.student_prompt(Study("", (), {}, {}), task, "teacher")][:1]
+    monkeypatch.setattr(sampling, "sample", sample)
+    healthy = data.student_prompt(Study("", (), {}, {}), task, "teacher")
+    ill = [s for s in studies if data.student_prompt(s, task, "teacher") != healthy][:1]
     for kind in ("student", "teacher"):
-        assert evaluate.answers(None, encoder, ill, task, 0.0, prompt=kind) == ["x"]
-    assert task.prompts["student"] in prompts[0] and "diagnosis" not in prompts[0] and "the diagnosis is" in prompts[1]
+        assert sampling.answers(None, processor, ill, task, 0.0, prompt=kind) == ["x"]
+    assert task.prompts["student"] in prompts[0]
+    assert "diagnosis" not in prompts[0]
+    assert "the diagnosis is" in prompts[1]
 
 
-# ------------------------------------------------------------------------------------------------------- the command
+# -------------------------------------------------------------------------------------- the command
 
 @pytest.fixture(scope="module")
-def chatter(tmp_path_factory, world, base, encoder):
-    """A task in which even a random student's babble says something, and the flags that name it: a finding is said in any word of the
-    tokenizer that begins with one of its letters."""
+def chatter(tmp_path_factory, world, base, processor):
+    """A task in which even a random student's babble says something, and the flags that name it: a
+    finding is said in any word of the tokenizer that begins with one of its letters."""
     folder = tmp_path_factory.mktemp("chatter")
-    words = sorted({encoder.text([i]).strip() for i in range(len(encoder.tokenizer))})
-    findings = {letters: [word for word in words if word.isascii() and word.isalpha() and word[0] in letters]
+    words = sorted({processor.text([i]).strip() for i in range(len(processor.tokenizer))})
+    words = [word for word in words if word.isascii() and word.isalpha()]
+    findings = {letters: [word for word in words if word[0] in letters]
                 for letters in ("bdfh", "ace", "mnlo", "psr")}
-    (folder / "task.json").write_text(json.dumps({**TASK, "findings": findings, "positive": ["said"],
-                                                  "classes": {"unsaid": ["never {finding}"], "said": ["{finding}"]}}))
-    with open(folder / "studies.jsonl", "w") as file:
-        for i in range(8):
-            labels = {finding: ("said", "unsaid")[(i + at) % 3 == 0] for at, finding in enumerate(findings) if (i + at) % 5}
-            file.write(json.dumps({"id": f"s{i}", "image": f"films/test-{i:05d}.png", "labels": labels, "split": "test",
-                                   "trajectories": {"u": "edema is mild", "v": "never absent"}}) + "\n")
-        file.write(json.dumps({"id": "t", "image": "films/test-00000.png", "labels": {"ace": "unsaid"}, "split": "train"}) + "\n")
-        file.write(json.dumps({"id": "n", "image": "films/test-00000.png", "split": "validate"}) + "\n")
-    return ["classify", "--studies", folder / "studies.jsonl", "--images", world, "--task_file", folder / "task.json", "--student", f"random={base}",
-            "--max_new_tokens", "40", "--batch_size", "3", "--no-bf16", "--mode", "parse", "--bootstrap", "20"]
+    (folder / "task.json").write_text(json.dumps({
+        **TASK, "findings": findings, "positive": ["said"],
+        "classes": {"unsaid": ["never {finding}"], "said": ["{finding}"]}}))
+    texts = {"u": "edema is mild", "v": "never absent"}
+    records = []
+    for i in range(8):
+        labels = {finding: ("said", "unsaid")[(i + at) % 3 == 0]
+                  for at, finding in enumerate(findings) if (i + at) % 5}
+        records.append({"id": f"s{i}", "image": f"films/test-{i:05d}.png", "labels": labels,
+                        "split": "test", "trajectories": texts})
+    image = "films/test-00000.png"
+    records.append({"id": "t", "image": image, "labels": {"ace": "unsaid"}, "split": "train"})
+    records.append({"id": "n", "image": image, "split": "validate"})
+    (folder / "studies.jsonl").write_text("".join(json.dumps(one) + "\n" for one in records))
+    return ["classify", "--studies", folder / "studies.jsonl", "--images", world, "--task_file",
+            folder / "task.json", "--student", f"random={base}", "--max_new_tokens", "40",
+            "--batch_size", "3", "--no-bf16", "--mode", "parse", "--bootstrap", "20"]
 
 
 def command(capsys, monkeypatch, *flags):
@@ -190,19 +239,23 @@ def command(capsys, monkeypatch, *flags):
     return capsys.readouterr().out
 
 
-def test_one_and_two_ranks_print_the_same_table_and_end_with_one_line_of_json(chatter, capsys, monkeypatch, script):
+def test_one_and_two_ranks_print_the_same_table_and_end_with_one_line_of_json(chatter, capsys,
+                                                                              monkeypatch, script):
     one = command(capsys, monkeypatch, *chatter, "--json").splitlines()
     two = script("evaluate.py", *chatter, "--json", ranks=2).stdout.splitlines()
     rows = json.loads(one[-1])["rows"]
     assert json.loads(two[-1]) == json.loads(one[-1])
     assert [line for line in two if line in one] == one  # the table, and the JSON
     assert list(rows) == ["label prior", "u", "v", "vote of the teachers", "random"]
-    assert 0 < rows["random"]["greedy"]["mean"] < 1 and 0 < rows["random"]["sampled"]["mean"] < 1  # so it could have differed
+    # so it could have differed
+    assert 0 < rows["random"]["greedy"]["mean"] < 1 and 0 < rows["random"]["sampled"]["mean"] < 1
     assert rows["random"]["greedy"]["example"] != rows["random"]["sampled"]["example"]
-    assert rows["label prior"]["accuracy"]["ace"] == rows["v"]["accuracy"]["ace"] == 1 - rows["u"]["accuracy"]["ace"]
+    of = {name: rows[name]["accuracy"]["ace"] for name in ("label prior", "u", "v")}
+    assert of["label prior"] == of["v"] == 1 - of["u"]
 
 
-def test_results_are_written_with_their_settings_and_not_computed_twice(chatter, capsys, monkeypatch, tmp_path):
+def test_results_are_written_with_their_settings_and_not_computed_twice(chatter, capsys,
+                                                                        monkeypatch, tmp_path):
     results = tmp_path / "results.json"
     flags = [*chatter, "--output", results, "--max_new_tokens", "4"]
     first = command(capsys, monkeypatch, *flags)
@@ -212,7 +265,8 @@ def test_results_are_written_with_their_settings_and_not_computed_twice(chatter,
         patch.setattr(student, "load", lambda *args: pytest.fail("the results are there"))
         assert first.strip() in command(capsys, patch, *flags)
     again = command(capsys, monkeypatch, *flags, "--seed", "1")
-    assert "holds these results" not in again and json.loads(results.read_text())["settings"]["seed"] == 1
+    assert "holds these results" not in again
+    assert json.loads(results.read_text())["settings"]["seed"] == 1
 
 
 def test_results_that_are_there_already_still_end_with_json(chatter, capsys, monkeypatch, tmp_path):
@@ -224,15 +278,19 @@ def test_results_that_are_there_already_still_end_with_json(chatter, capsys, mon
 def test_a_changed_task_is_measured_anew(chatter, capsys, monkeypatch, tmp_path):
     spec = json.loads(chatter[chatter.index("--task_file") + 1].read_text())
     (tmp_path / "task.json").write_text(json.dumps(spec))
-    flags = [*chatter, "--task_file", tmp_path / "task.json", "--output", tmp_path / "results.json", "--max_new_tokens", "4"]
+    flags = [*chatter, "--task_file", tmp_path / "task.json", "--output", tmp_path / "results.json",
+             "--max_new_tokens", "4"]
     command(capsys, monkeypatch, *flags)
-    (tmp_path / "task.json").write_text(json.dumps({**spec, "findings": {**spec["findings"], "ace": ["looks"]}}))
+    (tmp_path / "task.json").write_text(
+        json.dumps({**spec, "findings": {**spec["findings"], "ace": ["looks"]}}))
     assert "holds these results" not in command(capsys, monkeypatch, *flags)
 
 
-@pytest.mark.parametrize("split, message", [("validate", "no study of split 'validate' has labels, expected some to score against"),
-                                            ("nowhere", "no study of split 'nowhere', expected at least one")])
-def test_a_split_without_labels_is_refused_before_a_model_is_loaded(chatter, monkeypatch, split, message):
+@pytest.mark.parametrize("split, message", [
+    ("validate", "no study of split 'validate' has labels, expected some to score against"),
+    ("nowhere", "no study of split 'nowhere', expected at least one")])
+def test_a_split_without_labels_is_refused_before_a_model_is_loaded(chatter, monkeypatch, split,
+                                                                    message):
     monkeypatch.setattr(student, "load", lambda *args: pytest.fail("too late"))
     with pytest.raises(ValueError, match=message):
         evaluate.run(evaluate.parse([*map(str, chatter), "--split", split]))
@@ -241,16 +299,25 @@ def test_a_split_without_labels_is_refused_before_a_model_is_loaded(chatter, mon
 def test_a_student_is_named_by_flag_or_by_folder(chatter, base, capsys, monkeypatch):
     at = chatter.index("--student")
     rest = [*chatter[:at], *chatter[at + 2:], "--max_new_tokens", "1"]
-    rows = json.loads(command(capsys, monkeypatch, *rest, "--student", base, "--student", f"again={base}", "--json").splitlines()[-1])["rows"]
+    printed = command(capsys, monkeypatch, *rest, "--student", base, "--student", f"again={base}",
+                      "--json")
+    rows = json.loads(printed.splitlines()[-1])["rows"]
     assert rows[str(base)] == rows["again"]
 
 
 @pytest.mark.parametrize("name", ["mine=", ""])
-def test_a_folder_with_an_equals_sign_in_its_name_is_found(chatter, base, tmp_path, monkeypatch, name):
+def test_a_folder_with_an_equals_sign_in_its_name_is_found(chatter, base, tmp_path, monkeypatch,
+                                                           name):
     folder = tmp_path / "lr=1e-4"
     folder.symlink_to(base)
     at, asked = chatter.index("--student"), []
     score = {"accuracy": {"ace": 1.0}, "mean": 1.0, "unread": 0.0, "styles": {}}
-    monkeypatch.setattr(evaluate, "classify", lambda path, *rest: asked.append(str(path)) or {"greedy": score, "sampled": score})
-    evaluate.run(evaluate.parse([*map(str, [*chatter[:at], *chatter[at + 2:]]), "--student", f"{name}{folder}"]))
+
+    def classify(path, *rest):
+        asked.append(str(path))
+        return {"greedy": score, "sampled": score}
+
+    monkeypatch.setattr(evaluate, "classify", classify)
+    rest = map(str, [*chatter[:at], *chatter[at + 2:]])
+    evaluate.run(evaluate.parse([*rest, "--student", f"{name}{folder}"]))
     assert asked == [str(folder)]

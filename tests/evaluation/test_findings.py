@@ -1,8 +1,9 @@
 """The findings reader of metrics/findings.py on hand-written texts.
 
-Every case is a text and what a careful reader takes from it. In `MATTERS` the named findings must have the named value
-(None: not mentioned); in `EXACT` the whole dictionary must be equal. Both were written before the rules were tuned; `LATER` holds, in
-the form of `EXACT`, texts that were tried afterwards, with the ones that had been read wrongly.
+Every case is a text and what a careful reader takes from it. In `MATTERS` the named findings must
+have the named value (None: not mentioned); in `EXACT` the whole dictionary must be equal. Both were
+written before the rules were tuned; `LATER` holds, in the form of `EXACT`, texts that were tried
+afterwards, with the ones that had been read wrongly.
 """
 
 import os
@@ -13,8 +14,9 @@ import pytest
 
 from metrics.findings import FINDINGS, finding_scores, is_refusal, read_findings
 
-ATE, CAR, CON, EDE, ECM = "Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum"
-FRA, LES, OPA, NOF, EFF = "Fracture", "Lung Lesion", "Lung Opacity", "No Finding", "Pleural Effusion"
+ATE, CAR, CON, EDE = "Atelectasis", "Cardiomegaly", "Consolidation", "Edema"
+ECM, FRA, LES, OPA = "Enlarged Cardiomediastinum", "Fracture", "Lung Lesion", "Lung Opacity"
+NOF, EFF = "No Finding", "Pleural Effusion"
 PLO, PNA, PNX, DEV = "Pleural Other", "Pneumonia", "Pneumothorax", "Support Devices"
 
 MATTERS = {
@@ -65,7 +67,8 @@ MATTERS = {
         ("No cardiomegaly.", {CAR: 0}),
         ("No evidence of cardiac enlargement.", {CAR: 0}),
         ("Heart size and pulmonary vascularity appear within normal limits.", {CAR: 0}),
-        ("Heart size within normal limits, stable mediastinal and hilar contours.", {CAR: 0, ECM: -1}),
+        ("Heart size within normal limits, stable mediastinal and hilar contours.",
+         {CAR: 0, ECM: -1}),
         ("Heart size is unchanged.", {CAR: -1}),
         ("Stable heart size.", {CAR: -1}),
         ("No significant change in heart size.", {CAR: -1}),
@@ -73,7 +76,8 @@ MATTERS = {
         ("The heart is obscured by the large right effusion.", {CAR: -1, EFF: 1}),
         ("Cardiac size cannot be evaluated.", {CAR: -1}),
         ("The heart may be mildly enlarged.", {CAR: -1}),
-        ("The heart silhouette appears enlarged, which may reflect underlying cardiomegaly.", {CAR: 1}),
+        ("The heart silhouette appears enlarged, which may reflect underlying cardiomegaly.",
+         {CAR: 1}),
         ("The heart and lungs have XXXX XXXX in the interval.", {CAR: None}),
         ("Leads overlying the heart are unchanged.", {CAR: None}),
         ("The heart is visible in this image.", {CAR: None}),
@@ -97,7 +101,8 @@ MATTERS = {
         ("Enlarged cardiomediastinal silhouette.", {ECM: 1}),
         ("Mediastinal shift to the right.", {ECM: None}),
         ("No mediastinal mass.", {ECM: None, LES: 0}),
-        ("Heart size, mediastinal contours, and hilar structures are unremarkable.", {CAR: 0, ECM: 0}),
+        ("Heart size, mediastinal contours, and hilar structures are unremarkable.",
+         {CAR: 0, ECM: 0}),
         ("Cardiomediastinal silhouette: Within normal limits.", {ECM: 0}),
     ],
     "consolidation": [
@@ -105,8 +110,10 @@ MATTERS = {
         ("Consolidative opacity in the lingula.", {CON: 1, OPA: 1}),
         ("No focal consolidation.", {CON: 0}),
         ("No focal consolidation, pleural effusion or pneumothorax.", {CON: 0, EFF: 0, PNX: 0}),
-        ("No focal consolidation, large pleural effusion, or pneumothorax is identified.", {CON: 0, EFF: 0, PNX: 0}),
-        ("Minimal patchy airspace disease within the lingula, may reflect atelectasis or consolidation.",
+        ("No focal consolidation, large pleural effusion, or pneumothorax is identified.",
+         {CON: 0, EFF: 0, PNX: 0}),
+        ("Minimal patchy airspace disease within the lingula, may reflect atelectasis or "
+         "consolidation.",
          {OPA: 1, ATE: -1, CON: -1}),
         ("The lungs are clear of focal consolidation.", {CON: 0}),
         ("There is no definite consolidation.", {CON: -1}),
@@ -138,10 +145,12 @@ MATTERS = {
         ("There are no XXXX of a pleural effusion.", {EFF: 0}),
         ("There is no pleural effusion or pneumothorax.", {EFF: 0, PNX: 0}),
         ("Moderate pericardial effusion.", {EFF: None}),
-        ("Blunting of the left costophrenic angle, which may represent a small effusion.", {EFF: -1}),
+        ("Blunting of the left costophrenic angle, which may represent a small effusion.",
+         {EFF: -1}),
         ("Small left effusion cannot be excluded.", {EFF: -1}),
         ("A small effusion is difficult to exclude.", {EFF: -1}),
-        ("Left pleural effusion with adjacent atelectasis. Right effusion is also present.", {EFF: 1, ATE: 1}),
+        ("Left pleural effusion with adjacent atelectasis. Right effusion is also present.",
+         {EFF: 1, ATE: 1}),
         ("The left effusion is no longer seen.", {EFF: 0}),
         ("Resolution of the left pleural effusion.", {EFF: 0}),
         ("Resolved left pleural effusion.", {EFF: 0}),
@@ -196,7 +205,8 @@ MATTERS = {
         ("Pneumothorax is not identified.", {PNX: 0}),
         ("No residual pneumothorax.", {PNX: 0}),
         ("There is neither pneumothorax nor effusion.", {PNX: 0, EFF: 0}),
-        ("Negative for focal consolidation, pneumothorax, or pleural effusion.", {CON: 0, PNX: 0, EFF: 0}),
+        ("Negative for focal consolidation, pneumothorax, or pleural effusion.",
+         {CON: 0, PNX: 0, EFF: 0}),
         ("No displaced rib fractures, pneumomediastinum, or pneumothorax.", {FRA: 0, PNX: 0}),
         ("No pneumothorax, but large left pleural effusion.", {PNX: 0, EFF: 1}),
         ("No pneumothorax, there is a small effusion.", {PNX: 0, EFF: 1}),
@@ -253,7 +263,8 @@ MATTERS = {
         ("No acute abnormality other than mild cardiomegaly.", {CAR: 1}),
         ("No acute disease, stable cardiomegaly.", {CAR: 1}),
         ("Effusion (no pneumothorax) and atelectasis.", {EFF: 1, PNX: 0, ATE: 1}),
-        ("Without effusion, edema or consolidation, the lungs are clear.", {EFF: 0, EDE: 0, CON: 0}),
+        ("Without effusion, edema or consolidation, the lungs are clear.",
+         {EFF: 0, EDE: 0, CON: 0}),
         ("No evidence of active disease with mild cardiomegaly.", {CAR: 1}),
         ("The effusion, previously seen on the left, has resolved.", {EFF: 0}),
         ("Consolidation, effusion, and pneumothorax are absent.", {CON: 0, EFF: 0, PNX: 0}),
@@ -261,13 +272,15 @@ MATTERS = {
         ("The film does not show pneumothorax or effusion.", {PNX: 0, EFF: 0}),
         ("There isn't any pneumothorax.", {PNX: 0}),
         ("Cardiomegaly w/o edema.", {CAR: 1, EDE: 0}),
-        ("There is no focal consolidation,\n pleural effusion or pneumothorax.", {CON: 0, EFF: 0, PNX: 0}),
+        ("There is no focal consolidation,\n pleural effusion or pneumothorax.",
+         {CON: 0, EFF: 0, PNX: 0}),
         ("No effusion.No pneumothorax.Cardiomegaly.", {EFF: 0, PNX: 0, CAR: 1}),
         ("no pleural effusion . mild cardiomegaly . no pneumothorax .", {EFF: 0, CAR: 1, PNX: 0}),
         ("No opacity consistent with pneumonia.", {OPA: 0, PNA: 0}),
     ],
     "scope of uncertainty": [
-        ("Opacity may represent atelectasis, pneumonia, or aspiration.", {OPA: 1, ATE: -1, PNA: -1}),
+        ("Opacity may represent atelectasis, pneumonia, or aspiration.",
+         {OPA: 1, ATE: -1, PNA: -1}),
         ("Opacity may represent atelectasis without pneumothorax.", {ATE: -1, PNX: 0}),
         ("Possible pneumonia with effusion.", {PNA: -1, EFF: 1}),
         ("Possible left basilar pneumonia, cardiomegaly.", {PNA: -1, CAR: 1}),
@@ -287,12 +300,15 @@ MATTERS = {
         ("No pneumothorax on the left. Right pneumothorax.", {PNX: 1}),
     ],
     "sections that are not about the image": [
-        ("INDICATION: Rule out pneumonia.\n\nFINDINGS: The lungs are clear. No effusion.", {PNA: None, EFF: 0}),
+        ("INDICATION: Rule out pneumonia.\n\nFINDINGS: The lungs are clear. No effusion.",
+         {PNA: None, EFF: 0}),
         ("HISTORY: Cough, CHF. IMPRESSION: No acute disease.", {EDE: None, NOF: 1}),
         ("COMPARISON: Chest x-ray with pneumothorax.\nFINDINGS: No effusion.", {PNX: None, EFF: 0}),
-        ("HISTORY: Pneumothorax.\n \n The lungs are clear. Mild cardiomegaly.", {PNX: None, CAR: 1}),
+        ("HISTORY: Pneumothorax.\n \n The lungs are clear. Mild cardiomegaly.",
+         {PNX: None, CAR: 1}),
         ("indication : pneumonia . findings : no effusion .", {PNA: None, EFF: 0}),
-        ("Small effusion.\n\nRecommendations:\n- CT to assess for pneumonia\n- Follow-up for mass", {PNA: None, LES: None, EFF: 1}),
+        ("Small effusion.\n\nRecommendations:\n- CT to assess for pneumonia\n- Follow-up for mass",
+         {PNA: None, LES: None, EFF: 1}),
     ],
     "chat: labels and answers": [
         ("**Pneumothorax:** None seen.", {PNX: 0}),
@@ -300,7 +316,8 @@ MATTERS = {
         ("Pleural effusion : present\nPneumothorax : absent", {EFF: 1, PNX: 0}),
         ("Pneumothorax - negative", {PNX: 0}),
         ("Edema – possible", {EDE: -1}),
-        ("| Finding | Status |\n|---|---|\n| Edema | Yes |\n| Pneumothorax | No |", {EDE: 1, PNX: 0}),
+        ("| Finding | Status |\n|---|---|\n| Edema | Yes |\n| Pneumothorax | No |",
+         {EDE: 1, PNX: 0}),
         ("Pneumothorax:\n- No visible pleural line", {PNX: 0}),
         ("### Pleural Effusion\nThe left costophrenic angle is blunted.", {EFF: 1}),
         ("1. **Cardiomegaly**: The heart size appears normal.", {CAR: 0}),
@@ -308,7 +325,8 @@ MATTERS = {
         ("Is there a pneumothorax? No.", {PNX: 0}),
         ("Is there a pneumothorax? Yes, on the left.", {PNX: 1}),
         ("Does this chest X-ray show edema?", {EDE: None}),
-        ("There is no evidence of:\n- Pneumothorax\n- Pleural effusion\n- Fracture", {PNX: 0, EFF: 0, FRA: 0}),
+        ("There is no evidence of:\n- Pneumothorax\n- Pleural effusion\n- Fracture",
+         {PNX: 0, EFF: 0, FRA: 0}),
         ("Findings:\n- Cardiomegaly\n- Pleural effusion", {CAR: 1, EFF: 1}),
         ("Differential diagnosis:\n- Pneumonia\n- Edema", {PNA: -1, EDE: -1}),
         ("✅ Pleural effusion\n❌ Pneumothorax", {EFF: 1, PNX: 0}),
@@ -325,8 +343,10 @@ MATTERS = {
         ("No, the X-ray does not show edema.", {EDE: 0}),
         ("No, pneumothorax is not present.", {PNX: 0}),
         ("Yes, there is a **pleural effusion** on the left side.", {EFF: 1}),
-        ("As an AI, I cannot give a diagnosis, but the image shows bilateral pleural effusions.", {EFF: 1}),
-        ("There are no signs of other issues (e.g., pneumothorax, large masses, or fractures).", {PNX: 0, LES: 0, FRA: 0}),
+        ("As an AI, I cannot give a diagnosis, but the image shows bilateral pleural effusions.",
+         {EFF: 1}),
+        ("There are no signs of other issues (e.g., pneumothorax, large masses, or fractures).",
+         {PNX: 0, LES: 0, FRA: 0}),
         ("The image shows signs of cardiomegaly and possible pulmonary edema.", {CAR: 1, EDE: -1}),
         ("Left-sided effusion; the right costophrenic angle is sharp with no effusion.", {EFF: 1}),
         ("There does not appear to be a pneumothorax.", {PNX: 0}),
@@ -334,14 +354,19 @@ MATTERS = {
         ("A pneumothorax cannot be completely excluded.", {PNX: -1}),
         ("The presence of a cardiac pacemaker may partially obscure the view.", {DEV: 1}),
         ("I cannot determine whether there is a pneumothorax.", {PNX: None}),
-        ("These findings are typical of conditions such as pneumonia or heart failure.", {PNA: None, EDE: None}),
+        ("These findings are typical of conditions such as pneumonia or heart failure.",
+         {PNA: None, EDE: None}),
         ("To determine the basis for diagnosing atelectasis, we analyze the image.", {ATE: None}),
-        ("Small left effusion. If clinical concern for pneumonia persists, CT is advised.", {EFF: 1, PNA: None}),
+        ("Small left effusion. If clinical concern for pneumonia persists, CT is advised.",
+         {EFF: 1, PNA: None}),
     ],
     "chat: definitions are not findings": [
-        ("Atelectasis is a condition where one or both lungs partially or completely collapse.", {ATE: None}),
-        ("Pleural effusion refers to the buildup of excess fluid in the pleural cavity.", {EFF: None}),
-        ("Pleural effusion is an abnormal collection of fluid between the lung and chest wall.", {EFF: None}),
+        ("Atelectasis is a condition where one or both lungs partially or completely collapse.",
+         {ATE: None}),
+        ("Pleural effusion refers to the buildup of excess fluid in the pleural cavity.",
+         {EFF: None}),
+        ("Pleural effusion is an abnormal collection of fluid between the lung and chest wall.",
+         {EFF: None}),
         ("Atelectasis is partial or complete collapse of lung tissue.", {ATE: None}),
         ("On an X-ray, this might appear as an area of increased opacity.", {OPA: None}),
         ("Here is what to look for when pneumonia is suspected.", {PNA: None}),
@@ -351,18 +376,23 @@ MATTERS = {
         ("1. **Atelectasis**: This is a condition in which the lung collapses.", {ATE: None}),
         ("The atelectasis is a consequence of the pleural effusion.", {ATE: 1, EFF: 1}),
         ("Atelectasis is noted with collapse of the right lower lobe.", {ATE: 1}),
-        ("What to look for:\n- Pleural effusion: blunting of the angle\n- Atelectasis: volume loss", {EFF: None, ATE: None}),
+        ("What to look for:\n- Pleural effusion: blunting of the angle\n- Atelectasis: volume loss",
+         {EFF: None, ATE: None}),
     ],
 }
 
 EXACT = {
     "reports": [
-        ("The heart is normal in size. The mediastinum is unremarkable. The lungs are clear.", {CAR: 0, ECM: 0, NOF: 1}),
-        ("Heart size normal. No pneumothorax, pleural effusion, or focal airspace disease. Bony structures intact.",
+        ("The heart is normal in size. The mediastinum is unremarkable. The lungs are clear.",
+         {CAR: 0, ECM: 0, NOF: 1}),
+        ("Heart size normal. No pneumothorax, pleural effusion, or focal airspace disease. Bony "
+         "structures intact.",
          {CAR: 0, PNX: 0, EFF: 0, OPA: 0, NOF: 1}),
-        ("Cardiomegaly and small bilateral pleural effusions. No pneumothorax.", {CAR: 1, EFF: 1, PNX: 0}),
-        ("There is increased opacity within the right upper lobe with possible mass and associated area of atelectasis or focal "
-         "consolidation. The cardiac silhouette is within normal limits. No pleural effusion or pneumothorax.",
+        ("Cardiomegaly and small bilateral pleural effusions. No pneumothorax.",
+         {CAR: 1, EFF: 1, PNX: 0}),
+        ("There is increased opacity within the right upper lobe with possible mass and associated "
+         "area of atelectasis or focal consolidation. The cardiac silhouette is within normal "
+         "limits. No pleural effusion or pneumothorax.",
          {OPA: 1, LES: -1, ATE: -1, CON: -1, CAR: 0, EFF: 0, PNX: 0}),
         ("1. Stable mild cardiomegaly. 2. Hyperexpanded but clear lungs.", {CAR: 1}),
         ("Lungs are clear. Right-sided pacemaker.", {DEV: 1, NOF: 1}),
@@ -390,23 +420,41 @@ EXACT = {
 
 LATER = {
     "report sentences": [
-        ("The heart is top normal in size. The mediastinum is stable. Opacity is noted in the right base consistent with atelectasis and "
-         "possibly a small effusion. The left lung is clear.", {CAR: 0, ECM: -1, OPA: 1, ATE: 1, EFF: -1}),
-        ("There is stable prominence of the cardiac silhouette. Pulmonary vascularity is within normal limits.", {CAR: 1}),
-        ("No alveolar consolidation, no findings of pleural effusion or pulmonary edema.", {CON: 0, EFF: 0, EDE: 0, NOF: 1}),
+        ("The heart is top normal in size. The mediastinum is stable. Opacity is noted in the "
+         "right base consistent with atelectasis and possibly a small effusion. The left lung is "
+         "clear.",
+         {CAR: 0, ECM: -1, OPA: 1, ATE: 1, EFF: -1}),
+        ("There is stable prominence of the cardiac silhouette. Pulmonary vascularity is within "
+         "normal limits.",
+         {CAR: 1}),
+        ("No alveolar consolidation, no findings of pleural effusion or pulmonary edema.",
+         {CON: 0, EFF: 0, EDE: 0, NOF: 1}),
         ("There is no longer evidence for pulmonary edema.", {EDE: 0, NOF: 1}),
-        ("Left pleural effusion with left basilar atelectasis or infiltrate. Heart size within normal limits.",
+        ("Left pleural effusion with left basilar atelectasis or infiltrate. Heart size within "
+         "normal limits.",
          {EFF: 1, ATE: -1, OPA: -1, CAR: 0}),
-        ("Decreased left pleural effusion. No evidence of pneumothorax status post thoracentesis.", {EFF: 1, PNX: 0}),
-        ("Right middle lobe pneumonia. Followup radiographs to document resolution of the pneumonia are recommended.", {PNA: 1}),
-        ("No evidence for acute pneumonia or edema; chronic right pleural effusion.", {PNA: 0, EDE: 0, EFF: 1}),
-        ("Cannot exclude small left pleural effusion. Otherwise, no acute cardiopulmonary disease.", {EFF: -1}),
-        ("No large pneumothorax or effusion, although small effusions can't be excluded given the supine positioning.", {PNX: 0, EFF: -1}),
-        ("Bibasilar opacities likely reflect atelectasis, though infection cannot be excluded in the proper clinical setting.",
+        ("Decreased left pleural effusion. No evidence of pneumothorax status post thoracentesis.",
+         {EFF: 1, PNX: 0}),
+        ("Right middle lobe pneumonia. Followup radiographs to document resolution of the "
+         "pneumonia are recommended.",
+         {PNA: 1}),
+        ("No evidence for acute pneumonia or edema; chronic right pleural effusion.",
+         {PNA: 0, EDE: 0, EFF: 1}),
+        ("Cannot exclude small left pleural effusion. Otherwise, no acute cardiopulmonary disease.",
+         {EFF: -1}),
+        ("No large pneumothorax or effusion, although small effusions can't be excluded given the "
+         "supine positioning.",
+         {PNX: 0, EFF: -1}),
+        ("Bibasilar opacities likely reflect atelectasis, though infection cannot be excluded in "
+         "the proper clinical setting.",
          {OPA: 1, ATE: 1, PNA: -1}),
-        ("The lungs are clear of focal airspace disease, pneumothorax, or pleural effusion.", {OPA: 0, PNX: 0, EFF: 0, NOF: 1}),
-        ("Low lung volumes accentuate the cardiomediastinal silhouette, which is likely top-normal in size.", {ECM: 0, NOF: 1}),
-        ("Increased retrocardiac opacity, atelectasis or pneumonia. Mild vascular congestion. Unchanged moderate cardiomegaly.",
+        ("The lungs are clear of focal airspace disease, pneumothorax, or pleural effusion.",
+         {OPA: 0, PNX: 0, EFF: 0, NOF: 1}),
+        ("Low lung volumes accentuate the cardiomediastinal silhouette, which is likely "
+         "top-normal in size.",
+         {ECM: 0, NOF: 1}),
+        ("Increased retrocardiac opacity, atelectasis or pneumonia. Mild vascular congestion. "
+         "Unchanged moderate cardiomegaly.",
          {OPA: 1, ATE: -1, PNA: -1, EDE: -1, CAR: 1}),
         ("The effusion has nearly completely resolved.", {EFF: 1}),
         ("The heart is not large.", {CAR: 0, NOF: 1}),
@@ -420,44 +468,71 @@ LATER = {
         ("There is a small effusion that was not present previously.", {EFF: 1}),
         ("Without comparison, pneumonia cannot be excluded.", {PNA: -1}),
         ("No prior studies available; mild cardiomegaly and edema.", {CAR: 1, EDE: 1}),
-        ("Normal cardiac silhouette without pulmonary edema or effusion, mild basilar atelectasis.", {CAR: 0, EDE: 0, EFF: 0, ATE: 1}),
+        ("Normal cardiac silhouette without pulmonary edema or effusion, mild basilar atelectasis.",
+         {CAR: 0, EDE: 0, EFF: 0, ATE: 1}),
         ("Pulmonary vasculature is normal, heart enlarged.", {CAR: 1}),
-        ("Mild pulmonary edema, cardiomegaly, and small effusions are unchanged.", {EDE: 1, CAR: 1, EFF: 1}),
-        ("The trachea is central and there is no mediastinal widening or lymphadenopathy.", {ECM: 0, NOF: 1}),
-        ("Frontal views with overlying cardiac monitor leads show an enlarged cardiac silhouette.", {DEV: 1, CAR: 1}),
-        ("Question left lower lobe infiltrate. The heart is not enlarged, and there are no effusions.", {OPA: -1, CAR: 0, EFF: 0}),
+        ("Mild pulmonary edema, cardiomegaly, and small effusions are unchanged.",
+         {EDE: 1, CAR: 1, EFF: 1}),
+        ("The trachea is central and there is no mediastinal widening or lymphadenopathy.",
+         {ECM: 0, NOF: 1}),
+        ("Frontal views with overlying cardiac monitor leads show an enlarged cardiac silhouette.",
+         {DEV: 1, CAR: 1}),
+        ("Question left lower lobe infiltrate. The heart is not enlarged, and there are no "
+         "effusions.",
+         {OPA: -1, CAR: 0, EFF: 0}),
     ],
     "whole reports": [
-        ("                 FINAL REPORT\n EXAMINATION:  CHEST (PA AND LAT)\n \n INDICATION:  ___ year old woman with dyspnea  // r/o pneumonia\n"
-         " \n COMPARISON:  ___ with pneumothorax\n \n FINDINGS: \n \n PA and lateral views of the chest.   There is no focal consolidation,\n"
-         " effusion, or pneumothorax.  The cardiomediastinal silhouette is normal.  No free air below the right hemidiaphragm is\n seen.\n \n"
-         " IMPRESSION: \n \n No acute intrathoracic process.\n", {CON: 0, EFF: 0, PNX: 0, ECM: 0, NOF: 1}),
-        ("Lines/tubes: ET tube 3 cm above carina. Lungs: bibasilar atelectasis. Pleura: no effusion, no pneumothorax. Heart/mediastinum: stable.",
+        ("                 FINAL REPORT\n EXAMINATION:  CHEST (PA AND LAT)\n \n"
+         " INDICATION:  ___ year old woman with dyspnea  // r/o pneumonia\n \n"
+         " COMPARISON:  ___ with pneumothorax\n \n FINDINGS: \n \n"
+         " PA and lateral views of the chest.   There is no focal consolidation,\n"
+         " effusion, or pneumothorax.  The cardiomediastinal silhouette is normal.  No free air"
+         " below the right hemidiaphragm is\n seen.\n \n"
+         " IMPRESSION: \n \n No acute intrathoracic process.\n",
+         {CON: 0, EFF: 0, PNX: 0, ECM: 0, NOF: 1}),
+        ("Lines/tubes: ET tube 3 cm above carina. Lungs: bibasilar atelectasis. Pleura: no "
+         "effusion, no pneumothorax. Heart/mediastinum: stable.",
          {DEV: 1, ATE: 1, EFF: 0, PNX: 0, CAR: -1, ECM: -1}),
     ],
     "chat answers": [
-        ("**Findings:**\n\n1. **Lungs:** Clear bilaterally. No consolidation.\n2. **Heart:** Normal size.\n3. **Pleura:** No effusion or "
-         "pneumothorax.\n\n**Impression:** Normal chest X-ray.", {CON: 0, CAR: 0, EFF: 0, PNX: 0, NOF: 1}),
-        ("I can see:\n\n**Cardiomegaly** - The heart appears enlarged.\n\n**Pleural effusion** - There is blunting of both angles.\n\n"
+        ("**Findings:**\n\n1. **Lungs:** Clear bilaterally. No consolidation.\n"
+         "2. **Heart:** Normal size.\n3. **Pleura:** No effusion or pneumothorax.\n\n"
+         "**Impression:** Normal chest X-ray.",
+         {CON: 0, CAR: 0, EFF: 0, PNX: 0, NOF: 1}),
+        ("I can see:\n\n**Cardiomegaly** - The heart appears enlarged.\n\n"
+         "**Pleural effusion** - There is blunting of both angles.\n\n"
          "**Pneumothorax** - I don't see evidence of this.", {CAR: 1, EFF: 1, PNX: 0}),
-        ("1. **Atelectasis**: Not present.\n2. **Cardiomegaly**: Present\n3. **Consolidation**: Uncertain\n4. **Edema**: No\n"
-         "5. **Pneumonia**: Cannot be excluded\n6. **Pneumothorax**: Negative", {ATE: 0, CAR: 1, CON: -1, EDE: 0, PNA: -1, PNX: 0}),
+        ("1. **Atelectasis**: Not present.\n2. **Cardiomegaly**: Present\n"
+         "3. **Consolidation**: Uncertain\n4. **Edema**: No\n"
+         "5. **Pneumonia**: Cannot be excluded\n6. **Pneumothorax**: Negative",
+         {ATE: 0, CAR: 1, CON: -1, EDE: 0, PNA: -1, PNX: 0}),
         ("Atelectasis: 1\nEdema: 0\nPneumonia: -1", {ATE: 1, EDE: 0, PNA: -1}),
-        ("### Key Findings\n- **Bilateral pleural effusions**: Blunted costophrenic angles\n\n### Negative findings\n- Pneumothorax\n- Fracture\n"
-         "\n### Recommendations\n- Echocardiography to evaluate for heart failure", {EFF: 1, PNX: 0, FRA: 0}),
-        ("If there is a pneumothorax, you would see a visible pleural line. In this image, no such line is visible.", {}),
-        ("Pneumonia can cause consolidation on chest X-ray. In this case, there is a consolidation in the right lower lobe.", {CON: 1}),
-        ("The patient has been diagnosed with pneumonia. The basis for the diagnosis is the consolidation in the right lower lobe.", {CON: 1}),
+        ("### Key Findings\n- **Bilateral pleural effusions**: Blunted costophrenic angles\n\n"
+         "### Negative findings\n- Pneumothorax\n- Fracture\n\n"
+         "### Recommendations\n- Echocardiography to evaluate for heart failure",
+         {EFF: 1, PNX: 0, FRA: 0}),
+        ("If there is a pneumothorax, you would see a visible pleural line. In this image, no "
+         "such line is visible.",
+         {}),
+        ("Pneumonia can cause consolidation on chest X-ray. In this case, there is a "
+         "consolidation in the right lower lobe.",
+         {CON: 1}),
+        ("The patient has been diagnosed with pneumonia. The basis for the diagnosis is the "
+         "consolidation in the right lower lobe.",
+         {CON: 1}),
         ("Pneumothorax? None seen.", {PNX: 0, NOF: 1}),
         ("Pneumothorax?", {PNX: -1}),
         ("Both pneumonia and heart failure are possible.", {PNA: -1, EDE: -1, CAR: -1}),
         ("Atelectasis (present), Edema (absent), Pneumothorax (absent)", {ATE: 1, EDE: 0, PNX: 0}),
         ("The X-ray is negative for pneumonia and positive for cardiomegaly.", {PNA: 0, CAR: 1}),
-        ("The costophrenic angles are sharp bilaterally, which rules out significant pleural effusion.", {EFF: 0, NOF: 1}),
+        ("The costophrenic angles are sharp bilaterally, which rules out significant pleural "
+         "effusion.",
+         {EFF: 0, NOF: 1}),
         ("Pleural effusion: The right costophrenic angle is clear.", {EFF: 0, NOF: 1}),
         ("Signs of cardiomegaly in this image include an enlarged silhouette.", {CAR: 1}),
         ("Also seen is a collection of pleural fluid.", {EFF: 1}),
-        ("Potential differential diagnoses include pneumonia, pulmonary edema, and lung cancer.", {PNA: -1, EDE: -1, LES: -1}),
+        ("Potential differential diagnoses include pneumonia, pulmonary edema, and lung cancer.",
+         {PNA: -1, EDE: -1, LES: -1}),
         ("It's unlikely that pneumothorax is present.", {PNX: 0, NOF: 1}),
         ("Yes", {}),
         ("No", {}),
@@ -465,9 +540,11 @@ LATER = {
         ("Low likelihood of pneumonia.", {PNA: 0, NOF: 1}),
         ("There is nothing to suggest a pneumothorax.", {PNX: 0, NOF: 1}),
         ("Pneumothorax (No)\nEdema (Yes)", {PNX: 0, EDE: 1}),
-        ("There is no evidence of pneumothorax, and pneumonia cannot be excluded.", {PNX: 0, PNA: -1}),
+        ("There is no evidence of pneumothorax, and pneumonia cannot be excluded.",
+         {PNX: 0, PNA: -1}),
         ("No pneumothorax and a small effusion cannot be ruled out.", {PNX: 0, EFF: -1}),
-        ("Consolidation, effusion, and pneumothorax cannot be excluded.", {CON: -1, EFF: -1, PNX: -1}),
+        ("Consolidation, effusion, and pneumothorax cannot be excluded.",
+         {CON: -1, EFF: -1, PNX: -1}),
         ("While I can't provide a diagnosis, I can see bilateral opacities.", {OPA: 1}),
         ("Although I am unable to diagnose, I notice a left pleural effusion.", {EFF: 1}),
         ("I am not able to give a diagnosis, but no effusion is visible.", {EFF: 0, NOF: 1}),
@@ -486,7 +563,8 @@ LATER = {
     "left and right": [
         ("The effusion is no longer seen on the left but persists on the right.", {EFF: 1}),
         ("The effusion has resolved on the left but persists on the right.", {EFF: 1}),
-        ("Pleural effusion is no longer present on the left, but remains present on the right.", {EFF: 1}),
+        ("Pleural effusion is no longer present on the left, but remains present on the right.",
+         {EFF: 1}),
         ("The effusion is absent on the left but is still seen on the right.", {EFF: 1}),
         ("The effusion persists on the left but is no longer seen on the right.", {EFF: 1}),
         ("No pneumothorax is seen but the effusion persists.", {PNX: 0, EFF: 1}),
@@ -504,25 +582,36 @@ LATER = {
     "chat: lists by state": [
         ("Absent:\n- Pneumothorax\n- Edema\n\nPresent:\n- Effusion", {PNX: 0, EDE: 0, EFF: 1}),
         ("**Uncertain:**\n- Pneumonia\n**Ruled out:**\n- Pneumothorax", {PNA: -1, PNX: 0}),
-        ("Present: effusion, atelectasis\nAbsent: pneumothorax, edema", {EFF: 1, ATE: 1, PNX: 0, EDE: 0}),
+        ("Present: effusion, atelectasis\nAbsent: pneumothorax, edema",
+         {EFF: 1, ATE: 1, PNX: 0, EDE: 0}),
         ("Pneumothorax: Absent\nEffusion: Possible", {PNX: 0, EFF: -1}),
         ("Negative: pneumothorax. Heart size is normal.", {PNX: 0, CAR: 0, NOF: 1}),
     ],
     "chat: JSON": [
-        ('{"absent": ["Pneumothorax"], "present": ["Edema"], "uncertain": ["Pneumonia"]}', {PNX: 0, EDE: 1, PNA: -1}),
-        ('{"positive": ["Edema"], "negative": ["Pneumothorax", "Fracture"]}', {EDE: 1, PNX: 0, FRA: 0}),
-        ('{"findings": {"Pleural Effusion": {"left": "absent", "right": "present"}}, "recommendation": "CT for pneumonia"}', {EFF: 1}),
+        ('{"absent": ["Pneumothorax"], "present": ["Edema"], "uncertain": ["Pneumonia"]}',
+         {PNX: 0, EDE: 1, PNA: -1}),
+        ('{"positive": ["Edema"], "negative": ["Pneumothorax", "Fracture"]}',
+         {EDE: 1, PNX: 0, FRA: 0}),
+        ('{"findings": {"Pleural Effusion": {"left": "absent", "right": "present"}}, '
+         '"recommendation": "CT for pneumonia"}',
+         {EFF: 1}),
         ('{"diagnosis": "Pneumonia", "differential": ["Edema"]}', {PNA: 1, EDE: -1}),
         ('{"Pneumothorax": "absent", "Edema": "present", "Pneumonia": null}', {PNX: 0, EDE: 1}),
-        ('{"pleural_effusion": true, "LungOpacity": false, "edema": 0, "pneumonia": -1, "Atelectasis": 1}',
+        ('{"pleural_effusion": true, "LungOpacity": false, "edema": 0, "pneumonia": -1, '
+         '"Atelectasis": 1}',
          {EFF: 1, OPA: 0, EDE: 0, PNA: -1, ATE: 1}),
-        ('```json\n{"findings": ["Cardiomegaly", "No pneumothorax"], "impression": "Possible mild edema."}\n```', {CAR: 1, PNX: 0, EDE: -1}),
-        ('Here is my answer:\n```json\n{"findings": [{"finding": "Edema", "present": true, "confidence": 0.9},\n {"finding": "Pneumothorax", '
+        ('```json\n{"findings": ["Cardiomegaly", "No pneumothorax"], '
+         '"impression": "Possible mild edema."}\n```',
+         {CAR: 1, PNX: 0, EDE: -1}),
+        ('Here is my answer:\n```json\n{"findings": [{"finding": "Edema", "present": true, '
+         '"confidence": 0.9},\n {"finding": "Pneumothorax", '
          '"present": false}]}\n```\nThis is not medical advice.', {EDE: 1, PNX: 0}),
-        ('{"Edema": {"present": false, "evidence": "no Kerley lines"}, "Pneumonia": {"status": "uncertain", "location": "left base"}}',
+        ('{"Edema": {"present": false, "evidence": "no Kerley lines"}, '
+         '"Pneumonia": {"status": "uncertain", "location": "left base"}}',
          {EDE: 0, PNA: -1}),
         ('["Cardiomegaly", "Pleural Effusion"]', {CAR: 1, EFF: 1}),
-        ('{"positive": ["Edema"], "negative findings": ["Pneumothorax", "Fracture"]}', {EDE: 1, PNX: 0, FRA: 0}),
+        ('{"positive": ["Edema"], "negative findings": ["Pneumothorax", "Fracture"]}',
+         {EDE: 1, PNX: 0, FRA: 0}),
         ('{"heart": "mildly enlarged", "lungs": "Clear. No consolidation."}', {CAR: 1, CON: 0}),
         ('{"Pneumonia": 0.03}', {}),
         ('{"answer": "Yes"}', {}),
@@ -539,7 +628,8 @@ REFUSALS = [
     "I cannot analyze this image.",
     "I can't help with interpreting medical images.",
     "I'm not able to determine whether there is a pneumothorax in this image.",
-    "As a language model I do not have the ability to view images. Pleural effusion refers to fluid around the lung.",
+    "As a language model I do not have the ability to view images. Pleural effusion refers to "
+    "fluid around the lung.",
     "I cannot assist with that request.",
     "I am not qualified to diagnose. In general, pneumonia may appear as a consolidation.",
     "I don't see an image attached.",
@@ -561,7 +651,8 @@ def values(text):
 
 
 def cases(table):
-    return [pytest.param(text, expected, id=f"{group}: {text[:60]!r}") for group, rows in table.items() for text, expected in rows]
+    return [pytest.param(text, expected, id=f"{group}: {text[:60]!r}")
+            for group, rows in table.items() for text, expected in rows]
 
 
 def test_there_are_at_least_150_distinct_cases():
@@ -591,14 +682,16 @@ def test_a_text_with_a_finding_or_without_a_refusing_phrase_is_no_refusal(text):
 
 
 def test_reading_names_the_sentence_that_decided():
-    read = read_findings("Heart size is normal. No effusion on the right. **Large** left pleural\neffusion. Effusion on the left.")
+    read = read_findings("Heart size is normal. No effusion on the right. "
+                         "**Large** left pleural\neffusion. Effusion on the left.")
     assert read[EFF] == (1, "**Large** left pleural effusion.")
     assert read[CAR] == (0, "Heart size is normal.")
 
 
 def test_only_the_fourteen_findings_and_three_values_occur():
     assert len(FINDINGS) == 14
-    for text, _ in [row for table in (MATTERS, EXACT, LATER) for rows in table.values() for row in rows]:
+    tables = MATTERS, EXACT, LATER
+    for text, _ in [row for table in tables for rows in table.values() for row in rows]:
         read = values(text)
         assert set(read) <= set(FINDINGS)
         assert set(read.values()) <= {1, 0, -1}
@@ -609,7 +702,8 @@ def test_only_the_fourteen_findings_and_three_values_occur():
 def test_letter_case_and_bold_do_not_change_the_reading(text, expected):
     if "FINDINGS:" in text or "IMPRESSION:" in text or "|" in text or "#" in text or ".No" in text:
         pytest.skip("letter case or marks are what this text is about")
-    read = values(re.sub(r"\b(effusions?|pneumothorax|atelectasis|edema)\b", r"**\1**", text.lower()))
+    names = r"\b(effusions?|pneumothorax|atelectasis|edema)\b"
+    read = values(re.sub(names, r"**\1**", text.lower()))
     assert {finding: read.get(finding) for finding in expected} == expected
 
 
@@ -623,8 +717,9 @@ def test_reading_is_deterministic_and_keeps_no_state():
 
 
 @pytest.mark.parametrize("piece", [
-    "a", " ", "\n", ".", ":", "- ", "(", ")", "*", "_", "no ", "no change ", "no significant ", "is ", "effusion ", "no effusion, ",
-    "effusion or ", "cannot be ", "X: ", "- no:\n", "effusion: ", "heart is normal and ", "| ", "#", "((no effusion", "may ", "?", "1. ", ", ",
+    "a", " ", "\n", ".", ":", "- ", "(", ")", "*", "_", "no ", "no change ", "no significant ",
+    "is ", "effusion ", "no effusion, ", "effusion or ", "cannot be ", "X: ", "- no:\n",
+    "effusion: ", "heart is normal and ", "| ", "#", "((no effusion", "may ", "?", "1. ", ", ",
     "pleural ", "A\n", "[", '{"a":',
     '```json\n{"edema": 1}\n```', "left: no, right ", "no effusion, and ", "a-",
     "n't ", "As an AI ", "I cannot ", "\u00e9", "\x00", "\ud800", "effusion is not seen ",
@@ -641,10 +736,12 @@ def appendix_b():
         pytest.skip("PAPER_TXT names no copy of the paper's text")
     with open(path, encoding="utf-8") as file:
         lines = file.read().split("\n")
-    names = ["Radiology Report", "Claude Sonnet-4", "GPT-5-nano", "GLM-4.5V", "Gemini-2.5-flash-lite", "Moonshot-v1", "Qwen-VL-Max", "Grok-4",
+    names = ["Radiology Report", "Claude Sonnet-4", "GPT-5-nano", "GLM-4.5V",
+             "Gemini-2.5-flash-lite", "Moonshot-v1", "Qwen-VL-Max", "Grok-4",
              "C IMPLEMENTATION DETAILS"]
     starts = [lines.index(name, lines.index("B CXR-MAX DATASET")) for name in names]
-    return {name: "\n".join(lines[start + 1:end]) for name, start, end in zip(names, starts, starts[1:])}
+    return {name: "\n".join(lines[start + 1:end])
+            for name, start, end in zip(names, starts, starts[1:])}
 
 
 def test_appendix_b_only_moonshot_refuses():
@@ -667,7 +764,8 @@ def test_appendix_b_details():
     read = {name: values(text) for name, text in appendix_b().items()}
     report = read["Radiology Report"]
     assert (report[PNX], report[DEV], report[ECM]) == (0, 1, 0)
-    assert all(read[name][DEV] == 1 for name in ("Claude Sonnet-4", "GPT-5-nano", "Qwen-VL-Max", "Grok-4"))
+    with_devices = "Claude Sonnet-4", "GPT-5-nano", "Qwen-VL-Max", "Grok-4"
+    assert all(read[name][DEV] == 1 for name in with_devices)
     assert read["Qwen-VL-Max"][CAR] == 1
     assert PNA not in read["Qwen-VL-Max"]
     grok = read["Grok-4"]
@@ -681,10 +779,12 @@ def test_scores_are_micro_over_positive_findings():
     assert (scores["tp"], scores["fp"], scores["fn"]) == (1, 2, 2)
     assert scores["precision"] == scores["recall"] == scores["f1"] == pytest.approx(1 / 3)
     effusion = scores["per_finding"][EFF]
-    assert (effusion["precision"], effusion["recall"], effusion["f1"]) == (0.5, 1.0, pytest.approx(2 / 3))
+    assert (effusion["precision"], effusion["recall"]) == (0.5, 1.0)
+    assert effusion["f1"] == pytest.approx(2 / 3)
 
 
-@pytest.mark.parametrize("uncertain, counts", [("negative", (0, 1, 1)), ("positive", (2, 0, 0)), ("ignore", (0, 0, 0))])
+@pytest.mark.parametrize("uncertain, counts", [
+    ("negative", (0, 1, 1)), ("positive", (2, 0, 0)), ("ignore", (0, 0, 0))])
 def test_uncertain_findings_follow_the_policy(uncertain, counts):
     scores = finding_scores([{EFF: -1}, {EFF: 1}], [{EFF: 1}, {EFF: -1}], uncertain=uncertain)
     assert (scores["tp"], scores["fp"], scores["fn"]) == counts

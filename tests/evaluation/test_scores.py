@@ -1,4 +1,4 @@
-"""The scores of metrics/scores.py: numbers worked out by hand, properties, and scikit-learn as oracle where it is installed."""
+"""The scores of metrics/scores.py: worked out by hand, properties, and scikit-learn as oracle."""
 
 import math
 import random
@@ -20,7 +20,8 @@ def test_an_unread_answer_is_wrong():
 
 
 def test_macro_accuracy_is_the_mean_recall_of_the_classes():
-    assert macro_accuracy(["a", "a", "a", "b"], ["a", "a", "c", "b"]) == pytest.approx((2 / 3 + 1) / 2)
+    value = macro_accuracy(["a", "a", "a", "b"], ["a", "a", "c", "b"])
+    assert value == pytest.approx((2 / 3 + 1) / 2)
 
 
 def test_macro_accuracy_of_the_majority_answer_is_one_over_the_number_of_classes():
@@ -59,7 +60,9 @@ def test_auc_equals_the_count_over_all_pairs():
         n = rng.randint(2, 40)
         labels = [0, 1] + [rng.randint(0, 1) for _ in range(n - 2)]
         scores = [rng.randint(0, 6) for _ in range(n)]
-        pairs = [(a > b) + (a == b) / 2 for a, x in zip(scores, labels) if x for b, y in zip(scores, labels) if not y]
+        above = [score for score, label in zip(scores, labels) if label]
+        below = [score for score, label in zip(scores, labels) if not label]
+        pairs = [(a > b) + (a == b) / 2 for a in above for b in below]
         assert auc(labels, scores) == pytest.approx(sum(pairs) / len(pairs), abs=1e-12)
 
 
@@ -123,7 +126,7 @@ def test_bootstrap_interval_of_a_mean_matches_its_standard_error():
 
 def test_bootstrap_interval_widens_with_the_level():
     values = [random.Random(4).gauss(0, 1) for _ in range(50)] + list(range(10))
-    mean = lambda drawn: sum(drawn) / len(drawn)  # noqa: E731
+    mean = lambda drawn: sum(drawn) / len(drawn)
     narrow = bootstrap_interval(mean, values, level=0.5, samples=300)
     wide = bootstrap_interval(mean, values, level=0.99, samples=300)
     assert wide[0] < narrow[0] < narrow[1] < wide[1]
@@ -136,7 +139,8 @@ def test_bootstrap_interval_leaves_out_undefined_resamples():
         bootstrap_interval(auc, [1, 1], [0.9, 0.1], samples=10)
 
 
-@pytest.mark.parametrize("function", [accuracy, macro_accuracy, auc, cohen_kappa, lambda a, b: bootstrap_interval(accuracy, a, b)])
+@pytest.mark.parametrize("function", [
+    accuracy, macro_accuracy, auc, cohen_kappa, lambda a, b: bootstrap_interval(accuracy, a, b)])
 def test_unequal_lengths_and_empty_input_are_errors(function):
     with pytest.raises(ValueError, match="unequal lengths: 2 and 1"):
         function([1, 0], [1])
@@ -171,12 +175,16 @@ def test_scores_equal_scikit_learn(seed):
     labels = [0, 1] + [rng.randrange(classes) for _ in range(n - 2)]
     predictions = [label if rng.random() < 0.6 else rng.randrange(classes) for label in labels]
     assert accuracy(labels, predictions) == oracle.accuracy_score(labels, predictions)
-    known = [prediction if prediction in labels else labels[0] for prediction in predictions]  # it warns of classes without labels
-    assert macro_accuracy(labels, known) == pytest.approx(oracle.balanced_accuracy_score(labels, known), abs=1e-12)
-    assert cohen_kappa(labels, predictions) == pytest.approx(oracle.cohen_kappa_score(labels, predictions), abs=1e-12)
+    # it warns of classes without labels
+    known = [prediction if prediction in labels else labels[0] for prediction in predictions]
+    balanced = oracle.balanced_accuracy_score(labels, known)
+    assert macro_accuracy(labels, known) == pytest.approx(balanced, abs=1e-12)
+    kappa = oracle.cohen_kappa_score(labels, predictions)
+    assert cohen_kappa(labels, predictions) == pytest.approx(kappa, abs=1e-12)
     binary = [0, 1] + [rng.randint(0, 1) for _ in range(n - 2)]
     for scores in ([rng.gauss(label, 1) for label in binary], [rng.randint(0, 4) for _ in binary]):
-        assert auc(binary, scores) == pytest.approx(oracle.roc_auc_score(binary, scores), abs=1e-12)
+        area = oracle.roc_auc_score(binary, scores)
+        assert auc(binary, scores) == pytest.approx(area, abs=1e-12)
 
 
 def test_macro_auc_equals_scikit_learn():
@@ -185,7 +193,8 @@ def test_macro_auc_equals_scikit_learn():
     labels = [[rng.randint(0, 1) for _ in range(14)] for _ in range(500)]
     scores = [[label + rng.gauss(0, 2) for label in row] for row in labels]
     ours = macro_auc(dict(enumerate(zip(*labels))), dict(enumerate(zip(*scores))))
-    assert ours.value == pytest.approx(oracle.roc_auc_score(labels, scores, average="macro"), abs=1e-12)
+    macro = oracle.roc_auc_score(labels, scores, average="macro")
+    assert ours.value == pytest.approx(macro, abs=1e-12)
     assert ours.left_out == 0
 
 

@@ -1,4 +1,4 @@
-"""The same run on one process and on several, the same command twice, and a run that goes on where it was stopped."""
+"""The same run on one process and on several, the same command twice, a run that is resumed."""
 
 import json
 import shutil
@@ -13,7 +13,10 @@ from safetensors.torch import load_file
 
 
 def test_two_ranks_have_the_gradients_of_one_process(script, base, world, tmp_path):
-    """Eq. 6 and Eq. 11, for each choice of what trains, with gradient checkpointing: 1 micro-batch of 4 against 2 ranks x 2 of 1."""
+    """Eq. 6 and Eq. 11, for each choice of what trains, with gradient checkpointing.
+
+    1 micro-batch of 4 is held against 2 ranks x 2 of 1.
+    """
     script("tests/gradients.py", base, world, tmp_path / "one", 4)
     script("tests/gradients.py", base, world, tmp_path / "two", 1, ranks=2)
     one, two = load_file(tmp_path / "one"), load_file(tmp_path / "two")
@@ -32,11 +35,18 @@ def lines(folder):
 
 
 @pytest.fixture
+def own(name, world, positives):
+    """The input that only this stage has."""
+    return ["--replay", world / "replay.jsonl"] if name == "spd.py" else ["--positives", positives]
+
+
+@pytest.fixture
 def stage(script, run_flags, world, positives):
     def run(name, out, *flags, ranks=1, expect=0):
-        own = ["--replay", world / "replay.jsonl"] if name == "spd.py" else ["--positives", positives]
-        return script(name, *run_flags, *own, "--global_batch", 4, "--num_epochs", 1, "--logging_steps", 1, "--output_dir", out, *flags,
-                      ranks=ranks, expect=expect)
+        return script(
+            name, *run_flags, *own(name, world, positives), "--global_batch", 4,
+            "--num_epochs", 1, "--logging_steps", 1, "--output_dir", out, *flags,
+            ranks=ranks, expect=expect)
     return run
 
 
@@ -52,21 +62,26 @@ def test_the_losses_of_two_ranks_are_those_of_one_process(stage, tmp_path, name)
 @pytest.mark.parametrize("name", ["spd.py", "apo.py"])
 def test_the_same_command_gives_the_same_bytes(stage, tmp_path, name):
     for out in ("a", "b"):
-        stage(name, tmp_path / out, "--max_steps", 3, "--lora_dropout", 0.1, "--train", "lora,merger")
+        stage(name, tmp_path / out, "--max_steps", 3, "--lora_dropout", 0.1,
+              "--train", "lora,merger")
     for file in ("log.jsonl", "student/model.safetensors", "adapter/adapter_model.safetensors"):
         assert (tmp_path / "a" / file).read_bytes() == (tmp_path / "b" / file).read_bytes(), file
 
 
 @pytest.mark.parametrize("name, ranks, train", [("spd.py", 2, "decoder,merger")])
-def test_a_run_stopped_by_sigterm_goes_on_bit_for_bit(stage, run_flags, world, positives, tmp_path, name, ranks, train):
-    flags = ["--train", train, "--lora_dropout", "0.1", "--micro_batch", "1", "--max_steps", "6", "--logging_steps", "2"]
+def test_a_run_stopped_by_sigterm_goes_on_bit_for_bit(
+        stage, run_flags, world, positives, tmp_path, name, ranks, train):
+    flags = ["--train", train, "--lora_dropout", "0.1", "--micro_batch", "1", "--max_steps", "6",
+             "--logging_steps", "2"]
     stage(name, tmp_path / "whole", *flags, ranks=ranks)
-    own = ["--replay", world / "replay.jsonl"] if name == "spd.py" else ["--positives", positives]
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone", ROOT / name, *run_flags, *own,
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={ranks}",
+               "--standalone", ROOT / name, *run_flags, *own(name, world, positives),
                "--global_batch", 4, "--num_epochs", 1, *flags, "--output_dir", tmp_path / "stopped"]
-    running = subprocess.Popen(list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    running = subprocess.Popen(
+        list(map(str, command)), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.time() + 120
-    while not (tmp_path / "stopped" / "log.jsonl").exists() or not (tmp_path / "stopped" / "log.jsonl").read_text():
+    log = tmp_path / "stopped" / "log.jsonl"
+    while not log.exists() or not log.read_text():
         assert running.poll() is None and time.time() < deadline, "no line was logged"
         time.sleep(0.02)
     running.send_signal(signal.SIGTERM)
@@ -75,15 +90,20 @@ def test_a_run_stopped_by_sigterm_goes_on_bit_for_bit(stage, run_flags, world, p
         assert list((tmp_path / "stopped").glob("step-*")), "SIGTERM left no checkpoint"
     stage(name, tmp_path / "stopped", *flags, ranks=ranks)
     for file in ("log.jsonl", "student/model.safetensors"):
-        assert (tmp_path / "stopped" / file).read_bytes() == (tmp_path / "whole" / file).read_bytes(), file
+        stopped, whole = (tmp_path / folder / file for folder in ("stopped", "whole"))
+        assert stopped.read_bytes() == whole.read_bytes(), file
 
 
 def test_a_checkpoint_continues_with_masters_and_moments(stage, tmp_path):
-    """save_steps leaves step-2; the run is made to look killed after it and goes on to the same weights."""
+    """save_steps leaves step-2; the run is made to look killed after it.
+
+    It goes on to the same weights.
+    """
     flags = ["--train", "decoder", "--max_steps", 4, "--save_steps", 2, "--bf16"]
     stage("apo.py", tmp_path / "whole", *flags, ranks=2)
     stage("apo.py", tmp_path / "cut", *flags, ranks=2)
-    assert sorted(path.name for path in (tmp_path / "cut").glob("step-*")) == ["step-000002", "step-000004"]
+    names = sorted(path.name for path in (tmp_path / "cut").glob("step-*"))
+    assert names == ["step-000002", "step-000004"]
     shutil.rmtree(tmp_path / "cut" / "step-000004")
     (tmp_path / "cut" / "finished.json").unlink()
     log = (tmp_path / "cut" / "log.jsonl").read_text()
@@ -91,7 +111,8 @@ def test_a_checkpoint_continues_with_masters_and_moments(stage, tmp_path):
     again = stage("apo.py", tmp_path / "cut", *flags, ranks=2)
     assert "continuing from" in again.stdout and "step-000002" in again.stdout
     assert (tmp_path / "cut" / "log.jsonl").read_text() == log
-    assert (tmp_path / "cut" / "student" / "model.safetensors").read_bytes() == (tmp_path / "whole" / "student" / "model.safetensors").read_bytes()
+    cut, whole = (tmp_path / name / "student" / "model.safetensors" for name in ("cut", "whole"))
+    assert cut.read_bytes() == whole.read_bytes()
 
 
 def test_a_finished_stage_says_so_and_another_command_is_refused(stage, tmp_path):
@@ -99,5 +120,6 @@ def test_a_finished_stage_says_so_and_another_command_is_refused(stage, tmp_path
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
     assert "is finished" in stage("spd.py", tmp_path / "run", "--max_steps", 1).stdout
     refused = stage("spd.py", tmp_path / "run", "--max_steps", 2, "--seed", 5, expect=1)
-    assert "seed: 0 there, 5 here" in refused.stdout and "max_steps: 1 there, 2 here" in refused.stdout
+    assert "seed: 0 there, 5 here" in refused.stdout
+    assert "max_steps: 1 there, 2 here" in refused.stdout
     assert before == {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}

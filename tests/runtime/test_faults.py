@@ -1,7 +1,9 @@
-"""Real faults in real processes: killed ranks, saves and loaders, signals, losses that are not finite, memory and disks that are not enough.
+"""Real faults in real processes.
 
-A run of two or four ranks is one gloo group (faults.Job); where torchrun itself is what fails or has to notice, it runs. Whatever
-happened, the same command goes on, and the log and the student are the bytes of the run that nothing happened to.
+They are killed ranks, saves and loaders, signals, losses that are not finite, memory and disks that
+are not enough. A run of two or four ranks is one gloo group (faults.Job); where torchrun itself is
+what fails or has to notice, it runs. Whatever happened, the same command goes on, and the log and
+the student are the bytes of the run that nothing happened to.
 """
 
 import fcntl
@@ -18,24 +20,32 @@ import pytest
 from conftest import ROOT
 from faults import Job, children
 
-SETTINGS = ["--lora_dropout", 0.1, "--global_batch", 8, "--micro_batch", 1, "--num_epochs", 4, "--max_steps", 8, "--save_steps", 3,
-            "--logging_steps", 1]
+SETTINGS = ["--lora_dropout", 0.1, "--global_batch", 8, "--micro_batch", 1, "--num_epochs", 4,
+            "--max_steps", 8, "--save_steps", 3, "--logging_steps", 1]
 
 
 @pytest.fixture(scope="module")
 def flags(world, base, positives):
-    """flags("apo.py", folder): a run of 8 steps of 8 studies, with accumulation and dropout, saved after steps 3, 6 and 8."""
-    common = ["--preset", "demo", "--studies", world / "studies.jsonl", "--images", world, "--task_file", world / "task.json", "--student", base]
+    """flags("apo.py", folder): a run of 8 steps of 8 studies, with accumulation and dropout.
+
+    It is saved after steps 3, 6 and 8.
+    """
+    common = ["--preset", "demo", "--studies", world / "studies.jsonl", "--images", world,
+              "--task_file", world / "task.json", "--student", base]
+    own = {"apo.py": ["--positives", positives], "spd.py": ["--replay", world / "replay.jsonl"]}
 
     def of(stage, folder, *more):
-        own = ["--positives", positives] if stage == "apo.py" else ["--replay", world / "replay.jsonl"]
-        return [*map(str, [*common, *own, *SETTINGS, "--output_dir", folder, *more])]
+        settings = [*common, *own[stage], *SETTINGS, "--output_dir", folder, *more]
+        return [*map(str, settings)]
     return of
 
 
 @pytest.fixture(scope="module")
 def whole(flags, tmp_path_factory, script):
-    """whole("apo.py", 2): the folder of a run to which nothing happened, made when it is first asked for; four ranks by torchrun."""
+    """whole("apo.py", 2): the folder of a run to which nothing happened.
+
+    It is made when it is first asked for; four ranks by torchrun.
+    """
     made = {}
 
     def of(stage, ranks, *more):
@@ -57,11 +67,15 @@ def begin(flags, folder, stage="apo.py", ranks=1, fault="none", more=()):
 
 
 def goes_on(flags, whole, folder, stage="apo.py", ranks=1, more=()):
-    """The same command, without the fault: it ends as the run to which nothing happened. -> what it said."""
+    """The same command, without the fault: it ends as the run to which nothing happened.
+
+    -> what it said
+    """
     with begin(flags, folder, stage, ranks, more=more) as job:
         assert job.wait() == [0] * ranks, job.text()
     for file in ("log.jsonl", "student/model.safetensors"):
-        assert (folder / "run" / file).read_bytes() == (whole(stage, ranks, *more) / file).read_bytes(), file
+        expected = (whole(stage, ranks, *more) / file).read_bytes()
+        assert (folder / "run" / file).read_bytes() == expected, file
     assert not list((folder / "run").glob(".tmp-*"))
     return job.text()
 
@@ -79,7 +93,7 @@ def checkpoints(folder):
     return sorted(path.name for path in (folder / "run").iterdir() if "step-" in path.name)
 
 
-# ------------------------------------------------------------------------------------------------------------ SIGKILL
+# --- SIGKILL
 
 def test_four_ranks_killed_twice_at_random_moments_write_the_same_bytes(flags, whole, tmp_path):
     draw = random.Random(8)
@@ -94,9 +108,14 @@ def test_four_ranks_killed_twice_at_random_moments_write_the_same_bytes(flags, w
 
 
 @pytest.mark.parametrize("place, newest, more", [
-    ("at=shard", "step-000003", ()), ("at=fsync,count=4", "step-000003", ()), ("at=rename", "step-000003", ()),
-    ("at=renamed", "step-000006", ()), ("at=removing", "step-000006", ("--save_total_limit", "1"))])
-def test_a_kill_inside_a_save_leaves_a_checkpoint_to_go_on_from(flags, whole, tmp_path, place, newest, more):
+    ("at=shard", "step-000003", ()),
+    ("at=fsync,count=4", "step-000003", ()),
+    ("at=rename", "step-000003", ()),
+    ("at=renamed", "step-000006", ()),
+    ("at=removing", "step-000006", ("--save_total_limit", "1")),
+])
+def test_a_kill_inside_a_save_leaves_a_checkpoint_to_go_on_from(
+        flags, whole, tmp_path, place, newest, more):
     with begin(flags, tmp_path, fault=f"kill_save:step=6,{place}", more=more) as job:
         assert job.wait() == [-9]
     left = {"step-000003", newest, *([] if newest == "step-000006" else [".tmp-step-000006"])}
@@ -113,7 +132,10 @@ def test_one_of_four_ranks_killed_inside_a_save_stops_the_others(flags, whole, t
 
 
 def test_a_killed_process_takes_its_loader_workers_along(flags, whole, tmp_path):
-    """They hold the folder's lock too: as long as one lives, the same command is refused. By themselves they would notice after 5 seconds."""
+    """They hold the folder's lock too: as long as one lives, the same command is refused.
+
+    By themselves they would notice after 5 seconds.
+    """
     def is_free():
         with open(tmp_path / "run" / ".lock") as lock:
             try:
@@ -129,9 +151,15 @@ def test_a_killed_process_takes_its_loader_workers_along(flags, whole, tmp_path)
 
 
 def torchrun(fault, stage, flags, output):
-    """Two ranks under torchrun, as a group of their own. Their loader workers and they live in sessions of their own: see `children`."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", ROOT / "tests" / "faults.py", fault, stage]
-    return subprocess.Popen([*map(str, command), *flags], stdout=open(output, "w"), stderr=subprocess.STDOUT, start_new_session=True)
+    """Two ranks under torchrun, as a group of their own.
+
+    Their loader workers and they live in sessions of their own: see `children`.
+    """
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone",
+               ROOT / "tests" / "faults.py", fault, stage]
+    return subprocess.Popen(
+        [*map(str, command), *flags],
+        stdout=open(output, "w"), stderr=subprocess.STDOUT, start_new_session=True)
 
 
 def end(*pids):
@@ -150,7 +178,8 @@ def wait_for(condition, seconds):
 
 
 def test_torchrun_names_a_lost_rank_and_all_stop_within_a_minute(flags, whole, tmp_path):
-    running = torchrun("kill:rank=1,step=5", "apo.py", flags("apo.py", tmp_path / "run"), tmp_path / "out")
+    own = flags("apo.py", tmp_path / "run")
+    running = torchrun("kill:rank=1,step=5", "apo.py", own, tmp_path / "out")
     ranks = []
     try:
         wait_for(lambda: logged(tmp_path) == 4, 90)
@@ -163,7 +192,10 @@ def test_torchrun_names_a_lost_rank_and_all_stop_within_a_minute(flags, whole, t
     out = (tmp_path / "out").read_text()
     cause = out[out.index("Root Cause"):]
     assert "rank      : 1" in cause and "SIGKILL" in cause
-    assert re.search(r"critique: rank 0 stops, since another rank was lost or cannot be reached \(.+\); the same command goes on", out)
+    stops = (
+        r"critique: rank 0 stops, since another rank was lost or cannot be reached \(.+\); "
+        r"the same command goes on")
+    assert re.search(stops, out)
     goes_on(flags, whole, tmp_path, ranks=2)
 
 
@@ -176,7 +208,8 @@ def alive(pid):
 
 
 def test_orphans_of_a_killed_torchrun_keep_the_folder_to_themselves(flags, tmp_path):
-    running, ranks = torchrun("hold:step=5", "apo.py", flags("apo.py", tmp_path / "run"), tmp_path / "out"), []
+    own, ranks = flags("apo.py", tmp_path / "run"), []
+    running = torchrun("hold:step=5", "apo.py", own, tmp_path / "out")
     try:
         wait_for(lambda: "holding" in (tmp_path / "out").read_text(), 90)
         ranks = children(running.pid)
@@ -186,13 +219,14 @@ def test_orphans_of_a_killed_torchrun_keep_the_folder_to_themselves(flags, tmp_p
         assert len(ranks) == 2 and all(map(alive, ranks)) and logged(tmp_path) == 4
         with Job("apo.py", flags("apo.py", tmp_path / "run"), tmp_path / "second", 2) as second:
             assert second.wait() == [1, 1]
-        assert f"another run holds {tmp_path / 'run' / '.lock'}" in second.text() and "Traceback" not in second.text()
+        assert f"another run holds {tmp_path / 'run' / '.lock'}" in second.text()
+        assert "Traceback" not in second.text()
         assert contents(tmp_path / "run") == before
     finally:
         end(running.pid, *ranks)
 
 
-# ------------------------------------------------------------------------------------------- SIGTERM, a second command
+# --- SIGTERM, a second command
 
 def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(flags, whole, tmp_path):
     with begin(flags, tmp_path) as first:
@@ -205,14 +239,16 @@ def test_a_second_run_in_the_folder_is_refused_and_the_first_goes_on(flags, whol
         assert contents(tmp_path / "run") == before
         first.signal(signal.SIGCONT)
         assert first.wait() == [0]
-    assert (tmp_path / "run" / "log.jsonl").read_bytes() == (whole("apo.py", 1) / "log.jsonl").read_bytes()
+    expected = (whole("apo.py", 1) / "log.jsonl").read_bytes()
+    assert (tmp_path / "run" / "log.jsonl").read_bytes() == expected
 
 
 def test_sigterm_with_loader_workers_saves_the_step_and_stops(flags, whole, tmp_path):
     with begin(flags, tmp_path, ranks=2, more=("--num_workers", "2")) as job:
         job.wait_for(lambda: job.logged() >= 4)
         for pid in [child for rank in job.ranks for child in children(rank.pid)]:
-            os.kill(pid, signal.SIGTERM)  # a scheduler signals every process, also the loader's workers
+            # a scheduler signals every process, also the loader's workers
+            os.kill(pid, signal.SIGTERM)
         job.signal(signal.SIGTERM)  # and torchrun the ranks' process groups
         job.signal(signal.SIGTERM)
         assert job.wait(30) == [0, 0]
@@ -237,14 +273,18 @@ def test_a_second_sigterm_kills_and_the_old_checkpoint_stays(flags, whole, tmp_p
     assert "run/step-000003" in goes_on(flags, whole, tmp_path)
 
 
-# ----------------------------------------------------------------------------- losses, memory and disks that are not fit
+# --- losses, memory and disks that are not fit
 
-@pytest.mark.parametrize("stage, fault", [("apo.py", "nan"), ("apo.py", "inf"), ("spd.py", "nan"), ("spd.py", "inf"), ("spd.py", "nan_loss")])
-def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_step(flags, whole, tmp_path, stage, fault):
+@pytest.mark.parametrize("stage, fault", [
+    ("apo.py", "nan"), ("apo.py", "inf"),
+    ("spd.py", "nan"), ("spd.py", "inf"), ("spd.py", "nan_loss")])
+def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_step(
+        flags, whole, tmp_path, stage, fault):
     with begin(flags, tmp_path, stage, 2, f"{fault}:rank=1,step=5") as job:
         assert job.wait() == [1, 1]
     out = job.text()
-    assert re.search(r"rank 1: loss (nan|inf|-inf) on studies train-\d+\n", out) and not re.search("rank 0: loss [a-z]+ on", out)
+    assert re.search(r"rank 1: loss (nan|inf|-inf) on studies train-\d+\n", out)
+    assert not re.search("rank 0: loss [a-z]+ on", out)
     assert out.count("nothing was updated") == 2 and "Traceback" not in out
     log = (whole(stage, 2) / "log.jsonl").read_bytes().splitlines(keepends=True)
     assert (tmp_path / "run" / "log.jsonl").read_bytes() == b"".join(log[:4])
@@ -256,16 +296,18 @@ def test_a_loss_that_is_not_finite_stops_all_ranks_before_the_step(flags, whole,
 def test_a_rank_without_memory_names_studies_and_shapes_and_all_stop(flags, whole, tmp_path, stage):
     with begin(flags, tmp_path, stage, 2, "out_of_memory:rank=1,step=5") as job:
         assert job.wait() == [1, 1]
-    assert re.search(r"rank 1: out of memory on studies train-\d+; .*pixel_values \(\d+, \d+\)", job.text()) and "Traceback" not in job.text()
+    message = r"rank 1: out of memory on studies train-\d+; .*pixel_values \(\d+, \d+\)"
+    assert re.search(message, job.text()) and "Traceback" not in job.text()
     goes_on(flags, whole, tmp_path, stage, 2)
 
 
 def test_a_disk_that_is_full_for_one_rank_loses_nothing(flags, whole, tmp_path):
     """The decoder's optimiser is sharded, so each rank writes."""
-    more = ("--train", "decoder")
-    with begin(flags, tmp_path, ranks=2, fault="full_disk:rank=1,step=6,bytes=100000", more=more) as job:
+    more, fault = ("--train", "decoder"), "full_disk:rank=1,step=6,bytes=100000"
+    with begin(flags, tmp_path, ranks=2, fault=fault, more=more) as job:
         assert job.wait() == [1, 1]
-    assert "critique: rank 1: " in job.text() and "File too large" in job.text() and "Traceback" not in job.text()
+    assert "critique: rank 1: " in job.text() and "File too large" in job.text()
+    assert "Traceback" not in job.text()
     assert "step-000003" in checkpoints(tmp_path) and "step-000006" not in checkpoints(tmp_path)
     goes_on(flags, whole, tmp_path, ranks=2, more=more)
 
@@ -277,12 +319,13 @@ def test_an_error_that_nobody_foresaw_ends_the_run_with_loader_workers_too(flags
     assert "LookupError" in job.text()
 
 
-# --------------------------------------------------------------------------------- the stages that sample and evaluate
+# --- the stages that sample and evaluate
 
 @pytest.fixture(scope="module")
 def sampling(world, talker):
-    return ["--preset", "demo", "--studies", world / "studies.jsonl", "--images", world, "--task_file", world / "task.json", "--student", talker,
-            "--max_new_tokens", "10", "--batch_size", "4", "--attempts", "2", "--no-bf16"]
+    return ["--preset", "demo", "--studies", world / "studies.jsonl", "--images", world,
+            "--task_file", world / "task.json", "--student", talker, "--max_new_tokens", "10",
+            "--batch_size", "4", "--attempts", "2", "--no-bf16"]
 
 
 @pytest.fixture(scope="module")
@@ -291,33 +334,38 @@ def sampled(sampling, tmp_path_factory):
     folder = tmp_path_factory.mktemp("sampled")
     with Job("selfdistill.py", [*sampling, "--output_dir", folder / "run"], folder / "out") as job:
         assert job.wait() == [0], job.text()
-    return {name: (folder / "run" / name).read_bytes() for name in ("positives.jsonl", "dropped.jsonl", "stats.json")}
+    names = ("positives.jsonl", "dropped.jsonl", "stats.json")
+    return {name: (folder / "run" / name).read_bytes() for name in names}
 
 
 @pytest.mark.parametrize("ranks, batches", [(1, (3, 2)), (2, (2,))])
 def test_a_killed_stage_2_writes_the_same_positives(sampling, sampled, tmp_path, ranks, batches):
     """batches: in which one of those that are left rank 0 is killed, each time."""
-    begun = 0
+    begun, flags = 0, [*sampling, "--output_dir", tmp_path / "run"]
     for batch in batches:
-        with Job("selfdistill.py", [*sampling, "--output_dir", tmp_path / "run"], tmp_path / "out", ranks, f"kill_batch:batch={batch}") as job:
+        fault = f"kill_batch:batch={batch}"
+        with Job("selfdistill.py", flags, tmp_path / "out", ranks, fault) as job:
             assert job.wait() == [-9, *[1] * (ranks - 1)]
         parts = b"".join(path.read_bytes() for path in (tmp_path / "run").glob("part-*.jsonl"))
         assert begun < len(parts) and not (tmp_path / "run" / "positives.jsonl").exists()
         begun = len(parts)
-    with Job("selfdistill.py", [*sampling, "--output_dir", tmp_path / "run"], tmp_path / "out", ranks) as job:
+    with Job("selfdistill.py", flags, tmp_path / "out", ranks) as job:
         assert job.wait() == [0] * ranks, job.text()
     assert {name: (tmp_path / "run" / name).read_bytes() for name in sampled} == sampled
 
 
 def test_a_killed_evaluation_gives_the_same_results(world, base, tmp_path):
     def classify(name, fault="none"):
-        flags = ["classify", "--studies", world / "studies.jsonl", "--images", world, "--task_file", world / "task.json", "--student", base,
-                 "--bootstrap", 0, "--output", tmp_path / f"{name}.json"]
+        flags = ["classify", "--studies", world / "studies.jsonl", "--images", world,
+                 "--task_file", world / "task.json", "--student", base, "--bootstrap", 0,
+                 "--output", tmp_path / f"{name}.json"]
         with Job("evaluate.py", flags, tmp_path / "out", 1, fault) as job:
             return job.wait()[0]
 
     assert classify("killed", "kill_batch:batch=5") == -9
     (part,) = (tmp_path / "killed.json.parts").rglob("part-0.jsonl")
-    assert len([json.loads(line) for line in part.read_text().splitlines() if line]) == 4 and not (tmp_path / "killed.json").exists()
+    assert len([json.loads(line) for line in part.read_text().splitlines() if line]) == 4
+    assert not (tmp_path / "killed.json").exists()
     assert classify("killed") == classify("whole") == 0
-    assert (tmp_path / "killed.json").read_bytes() == (tmp_path / "whole.json").read_bytes() and not (tmp_path / "killed.json.parts").exists()
+    assert (tmp_path / "killed.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+    assert not (tmp_path / "killed.json.parts").exists()

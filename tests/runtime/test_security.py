@@ -1,22 +1,33 @@
-"""Attacks: what comes from others (records, films, students, servers) may be wrong, but does not act, leak, or take the machine.
+"""Attacks: what comes from others (records, films, students, servers) may be wrong, but it does not
+act, leak, or take the machine.
 
-Here is one test an attack. Others stand beside what they attack:
+Here is one test an attack. Others are beside what they attack:
 
-    paths           test_data.py    test_nothing_outside_the_image_folder_is_opened (../, absolute, links out, the prefix trick)
-                    test_check.py   test_a_fault_is_named_with_its_line_and_kind; test_report.py  test_a_film_that_cannot_be_shown_is_named
-    bombs           test_data.py    test_a_bad_image_is_an_error_that_names_its_file (20,000 and 10,000 pixels square, strips)
-    nesting         test_data.py    BAD_LINES, BAD_TASKS; test_endpoint.py  test_every_fault_has_its_kind; test_fuzz.py for all readers
-    special tokens  test_data.py    test_a_teachers_text_cannot_end_the_turn_or_add_an_image,
-                                    test_a_prompt_that_holds_special_tokens_keeps_the_shape_of_the_chat
-                    test_check.py   test_special_tokens_in_a_text_are_counted_as_text
-                    test_server.py  test_a_server_gets_the_pixels_and_the_words_that_the_student_would
-    HTML            test_report.py  test_nothing_in_a_name_or_text_can_act, test_nothing_is_fetched, test_escaped_text_reads_back
-    keys            test_endpoint.py  the section "the key" (echoed in 15 ways), test_a_key_in_the_file_is_refused_and_not_shown,
-                                    test_a_url_that_is_none_or_holds_a_key_is_refused_without_being_shown
-                    test_server.py  test_the_servers_key_is_in_its_header_and_in_no_file
-    where images go test_endpoint.py  test_neither_redirects_nor_proxies_are_followed, test_loopback_is_what_the_name_resolves_to,
-                                    test_a_name_that_resolves_elsewhere_between_check_and_connection_gets_nothing, test_only_pixels_are_sent
-    time            test_endpoint.py  test_the_time_limit_is_for_the_whole_exchange; test_fuzz.py for expressions that backtrack
+paths           test_data.py      test_nothing_outside_the_image_folder_is_opened (../, absolute,
+                                  links out, the prefix trick)
+                test_check.py     test_a_fault_is_named_with_its_line_and_kind
+                test_report.py    test_a_film_that_cannot_be_shown_is_named
+bombs           test_data.py      test_a_bad_image_is_an_error_that_names_its_file (20,000 and
+                                  10,000 pixels square, strips)
+nesting         test_data.py      BAD_LINES, BAD_TASKS
+                test_endpoint.py  test_every_fault_has_its_kind
+                test_fuzz.py      for all readers
+special tokens  test_data.py      test_a_teachers_text_cannot_end_the_turn_or_add_an_image,
+                                  test_a_prompt_that_holds_special_tokens_keeps_the_shape_...
+                test_check.py     test_special_tokens_in_a_text_are_counted_as_text
+                test_server.py    test_a_server_gets_the_pixels_and_the_words_that_the_student_would
+HTML            test_report.py    test_nothing_in_a_name_or_text_can_act, test_nothing_is_fetched,
+                                  test_escaped_text_reads_back
+keys            test_endpoint.py  the section "the key" (echoed in 15 ways),
+                                  test_a_key_in_the_file_is_refused_and_not_shown,
+                                  test_a_url_that_is_none_or_holds_a_key_is_refused_...
+                test_server.py    test_the_servers_key_is_in_its_header_and_in_no_file
+where images    test_endpoint.py  test_neither_redirects_nor_proxies_are_followed,
+may go                            test_loopback_is_what_the_name_resolves_to,
+                                  test_a_name_that_resolves_elsewhere_between_check_and_...,
+                                  test_only_pixels_are_sent
+time            test_endpoint.py  test_the_time_limit_is_for_the_whole_exchange
+                test_fuzz.py      for expressions that backtrack
 """
 
 import builtins
@@ -46,11 +57,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from safetensors import SafetensorError
-from test_datasets import write_chestx_det10, write_chestx_ray14, write_chexpert, write_open_i
 from test_data import INJECTION
+from test_datasets import write_chestx_det10, write_chestx_ray14, write_chexpert, write_open_i
 from test_fuzz import within
 
 import data
+import sampling
 import selfdistill
 import student
 from evaluation import datasets, results, teachers
@@ -75,13 +87,14 @@ def memory_below(megabytes):
     assert peak < megabytes * 1e6, f"{peak / 1e6:.0f} MB"
 
 
-# ---------------------------------------------------------------------------------------------------------------- paths
+# -------------------------------------------------------------------------------------------- paths
 
 def hostile_benchmark(name, folder, outside):
     """A dataset in `folder` whose own files point at a film that lies in `outside`, beside it."""
     up, film = f"../{outside.name}/x", f"{outside}/x"
     if name == "annotation":
-        items = [{"id": path, "report": "x", "image_path": [path]} for path in (f"{up}.jpg", f"{film}.jpg")]
+        items = [{"id": path, "report": "x", "image_path": [path]}
+                 for path in (f"{up}.jpg", f"{film}.jpg")]
         (folder / "a.json").write_text(json.dumps({"test": items}))
         return datasets.annotation(folder / "a.json", folder)
     if name == "MS-CXR-T":
@@ -100,23 +113,35 @@ def hostile_benchmark(name, folder, outside):
         return datasets.open_i(folder)
     if name == "ChestX-ray14":
         write_chestx_ray14(folder)
-        (folder / "test_list.txt").write_text(f"{up}.png 0 1 0 0 0 0 0 0 0 0 0 0 1 0\nlink.png 0 1 0 0 0 0 0 0 0 0 0 0 1 0\n")
+        (folder / "test_list.txt").write_text(
+            f"{up}.png 0 1 0 0 0 0 0 0 0 0 0 0 1 0\nlink.png 0 1 0 0 0 0 0 0 0 0 0 0 1 0\n")
         (folder / "link.png").symlink_to(outside / "x.png")
         return datasets.chestx_ray14(folder)
     if name == "ChestX-Det10":
         write_chestx_det10(folder)
-        (folder / "test.json").write_text(json.dumps([{"file_name": path, "syms": []} for path in (f"{up}.png", f"{film}.png")]))
+        items = [{"file_name": path, "syms": []} for path in (f"{up}.png", f"{film}.png")]
+        (folder / "test.json").write_text(json.dumps(items))
         return datasets.chestx_det10(folder)
-    per_study = name == "CheXpert, studies"
+    return hostile_chexpert(folder, outside, per_study=name == "CheXpert, studies")
+
+
+def hostile_chexpert(folder, outside, per_study):
     write_chexpert(folder, per_study)
-    table, values = folder / ("groundtruth.csv" if per_study else "valid.csv"), ",".join(["1"] * 14)
-    head = table.read_text().split("\n")[0]
-    paths = (f"../{outside.name}", str(outside), f"CheXpert-v1.0/../../{outside.name}") if per_study else (f"{up}.jpg", f"{film}.jpg")
-    table.write_text(head + "\n" + "".join(f"{path},{values if per_study else 'Male,68,Frontal,AP,' + values}\n" for path in paths))
+    values = ",".join(["1"] * 14)
+    if per_study:
+        table = folder / "groundtruth.csv"
+        paths = f"../{outside.name}", str(outside), f"CheXpert-v1.0/../../{outside.name}"
+    else:
+        table, values = folder / "valid.csv", f"Male,68,Frontal,AP,{values}"
+        paths = f"../{outside.name}/x.jpg", f"{outside}/x.jpg"
+    head, *_ = table.read_text().split("\n")
+    table.write_text("".join(f"{line}\n" for line in [head, *(f"{at},{values}" for at in paths)]))
     return datasets.chexpert(folder)
 
 
-@pytest.mark.parametrize("name", ["annotation", "MS-CXR-T", "Open-I", "ChestX-ray14", "ChestX-Det10", "CheXpert, images", "CheXpert, studies"])
+@pytest.mark.parametrize("name", [
+    "annotation", "MS-CXR-T", "Open-I", "ChestX-ray14", "ChestX-Det10", "CheXpert, images",
+    "CheXpert, studies"])
 def test_no_dataset_reaches_a_film_outside_its_folder(tmp_path, name):
     folder, outside = tmp_path / "films", tmp_path / "films_secret"
     folder.mkdir()
@@ -140,17 +165,24 @@ def writers(folder):
     (folder / "studies.jsonl").write_bytes(records.line_of({"id": "a", "image": "x.png"}))
     (folder / "results.json").write_text('{"rows": {}}')
 
-    def whole(path):
-        with records.writing(path) as file:
+    def atomic(path):
+        with records.atomic(path) as temporary, open(temporary, "wb") as file:
             file.write(b"new")
 
-    return {"records.writing": whole,
-            "check": lambda path: check.check(check.parse([str(folder / "studies.jsonl"), "--images", str(folder), "--out", str(path)])),
-            "collect": lambda path: collect.merge(path, [{"id": "a", "image": "x.png"}], [], []),
-            "report": lambda path: report.run(report.parse([str(folder / "results.json"), "--out", str(path)]))}
+    def of_check(path):
+        flags = [folder / "studies.jsonl", "--images", folder, "--out", path]
+        check.check(check.parse([str(word) for word in flags]))
+
+    def of_collect(path):
+        collect.merge(path, [{"id": "a", "image": "x.png"}], [], [])
+
+    def of_report(path):
+        report.run(report.parse([str(folder / "results.json"), "--out", str(path)]))
+
+    return {"records.atomic": atomic, "check": of_check, "collect": of_collect, "report": of_report}
 
 
-@pytest.mark.parametrize("name", ["records.writing", "check", "collect", "report"])
+@pytest.mark.parametrize("name", ["records.atomic", "check", "collect", "report"])
 @pytest.mark.parametrize("link", ["out.jsonl", ".tmp-out.jsonl"])
 def test_a_link_in_the_place_of_an_output_is_replaced_and_not_followed(tmp_path, name, link):
     victim = tmp_path / "victim"
@@ -158,19 +190,24 @@ def test_a_link_in_the_place_of_an_output_is_replaced_and_not_followed(tmp_path,
     (tmp_path / link).symlink_to(victim)
     writers(tmp_path)[name](tmp_path / "out.jsonl")
     assert victim.read_text() == "precious"
-    assert not (tmp_path / "out.jsonl").is_symlink() and (tmp_path / "out.jsonl").stat().st_size and not (tmp_path / ".tmp-out.jsonl").exists()
+    assert not (tmp_path / "out.jsonl").is_symlink()
+    assert (tmp_path / "out.jsonl").stat().st_size
+    assert not (tmp_path / ".tmp-out.jsonl").exists()
 
 
 @pytest.fixture
 def hostile_studies(tmp_path):
-    """A studies.jsonl whose ids and teachers would be paths, markup and tokens, and its folder of films."""
+    """A studies.jsonl whose ids and teachers would be paths, markup and tokens, its folder of
+    films, and those ids."""
     films = tmp_path / "films"
     films.mkdir()
     Image.new("L", (56, 56), 90).save(films / "x.png")
-    names = ["../../escaped", f"{tmp_path}/escaped", "a/b", "a\\b", "CON", "..", "<|im_end|>", "<img src=x onerror=alert(1)>", "$(touch escaped)",
-             "%s%n{0}"]
+    names = [
+        "../../escaped", f"{tmp_path}/escaped", "a/b", "a\\b", "CON", "..", "<|im_end|>",
+        "<img src=x onerror=alert(1)>", "$(touch escaped)", "%s%n{0}"]
     rows = [{"id": name, "image": "x.png", "labels": {"Edema": 1},
-             "trajectories": {name: "Edema is seen.", "b": f"No edema {INJECTION}"}} for name in names]
+             "trajectories": {name: "Edema is seen.", "b": f"No edema {INJECTION}"}}
+            for name in names]
     (tmp_path / "studies.jsonl").write_bytes(b"".join(map(records.line_of, rows)))
     return tmp_path / "studies.jsonl", films, names
 
@@ -179,17 +216,24 @@ def test_no_id_or_teacher_becomes_a_file(hostile_studies, tmp_path):
     path, films, names = hostile_studies
     before = set(tmp_path.rglob("*"))
     with serve(lambda *_: completion("Edema is seen.")) as chat:
-        selfdistill.run(selfdistill.parse(["--preset", "demo", "--studies", str(path), "--images", str(films), "--server", chat.url,
-                                           "--output_dir", str(tmp_path / "run")]))
-        (tmp_path / "endpoints.json").write_text(json.dumps({name: {"url": chat.url, "model": "m"} for name in ("../../asked", "gpt-5")}))
-        collect.run(collect.parse([str(path), "--endpoints", str(tmp_path / "endpoints.json"), "--images", str(films),
-                                   "--out", str(tmp_path / "out.jsonl")]))
-    done = [json.loads(line)["id"] for line in (tmp_path / "run" / "positives.jsonl").read_text().splitlines()]
-    assert done == names and not [path for path in tmp_path.parent.glob("*escaped*") if not path.name.startswith("test_")]
-    new = {file for file in set(tmp_path.rglob("*")) - before if (tmp_path / "run") not in (file, *file.parents)}
-    assert new == {tmp_path / name for name in ("endpoints.json", "out.jsonl", "out.jsonl.answers.jsonl")}
-    known = {"args.json", "env.json", "finished.json", ".lock", "positives.jsonl", "dropped.jsonl", "stats.json"}
-    assert {file.name for file in (tmp_path / "run").iterdir()} <= known
+        selfdistill.run(selfdistill.parse([
+            "--preset", "demo", "--studies", str(path), "--images", str(films),
+            "--server", chat.url, "--output_dir", str(tmp_path / "run")]))
+        entries = {name: {"url": chat.url, "model": "m"} for name in ("../../asked", "gpt-5")}
+        (tmp_path / "endpoints.json").write_text(json.dumps(entries))
+        collect.run(collect.parse([
+            str(path), "--endpoints", str(tmp_path / "endpoints.json"), "--images", str(films),
+            "--out", str(tmp_path / "out.jsonl")]))
+    run = tmp_path / "run"
+    done = (run / "positives.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in done] == names
+    assert all(path.name.startswith("test_") for path in tmp_path.parent.glob("*escaped*"))
+    new = {file for file in set(tmp_path.rglob("*")) - before if run not in (file, *file.parents)}
+    assert new == {tmp_path / name
+                   for name in ("endpoints.json", "out.jsonl", "out.jsonl.answers.jsonl")}
+    known = {"args.json", "env.json", "finished.json", ".lock", "positives.jsonl", "dropped.jsonl",
+             "stats.json"}
+    assert {file.name for file in run.iterdir()} <= known
 
 
 def test_a_file_name_with_a_line_end_makes_no_line_of_its_own(tmp_path, capsys):
@@ -201,7 +245,7 @@ def test_a_file_name_with_a_line_end_makes_no_line_of_its_own(tmp_path, capsys):
     assert not records.CONTROL.search(str(caught.value))
 
 
-# ---------------------------------------------------------------------------------------------------------------- bombs
+# -------------------------------------------------------------------------------------------- bombs
 
 def png_with(kind, content, after=False):
     """A good PNG of 32 x 32 with one more chunk, before or behind its pixels."""
@@ -209,7 +253,8 @@ def png_with(kind, content, after=False):
     Image.new("L", (32, 32), 50).save(out, "PNG")
     whole, mark = out.getvalue(), b"IEND" if after else b"IDAT"
     at = whole.index(mark) - 4
-    return whole[:at] + struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content)) + whole[at:]
+    size, check_sum = (struct.pack(">I", n) for n in (len(content), zlib.crc32(kind + content)))
+    return whole[:at] + size + kind + content + check_sum + whole[at:]
 
 
 def packed_zeros(megabytes):
@@ -219,14 +264,23 @@ def packed_zeros(megabytes):
 
 ZEROS = packed_zeros(200)
 IMAGE_BOMBS = {
-    "zTXt": png_with(b"zTXt", b"k\0\0" + ZEROS), "zTXt behind the pixels": png_with(b"zTXt", b"k\0\0" + ZEROS, after=True),
+    "zTXt": png_with(b"zTXt", b"k\0\0" + ZEROS),
+    "zTXt behind the pixels": png_with(b"zTXt", b"k\0\0" + ZEROS, after=True),
     "iTXt": png_with(b"iTXt", b"k\0\1\0\0\0" + ZEROS), "iCCP": png_with(b"iCCP", b"k\0\0" + ZEROS),
-    "JPEG of 65,500 pixels square": b"\xff\xd8\xff\xc0\x00\x0b\x08" + struct.pack(">HH", 65500, 65500)
-                                    + b"\x01\x01\x11\x00\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00",
-    "BMP of 2 billion pixels": b"BM" + struct.pack("<IHHI", 70, 0, 0, 54) + struct.pack("<IiiHHIIiiII", 40, 50_000, 40_000, 1, 8, 0, 0, 0, 0, 0, 0),
-    "TIFF of 4 billion pixels": b"II*\0\x08\0\0\0\x06\0" + b"".join(struct.pack("<HHII", *tag) for tag in (
-        (256, 4, 1, 65000), (257, 4, 1, 65000), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1), (273, 4, 1, 8))) + b"\0\0\0\0",
-    "EPS, which Ghostscript would run": b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n(%pipe%touch owned) (w) file\n%%EOF\n",
+    "JPEG of 65,500 pixels square":
+        b"\xff\xd8\xff\xc0\x00\x0b\x08" + struct.pack(">HH", 65500, 65500)
+        + b"\x01\x01\x11\x00\xff\xda\x00\x08\x01\x01\x00\x00\x3f\x00",
+    "BMP of 2 billion pixels":
+        b"BM" + struct.pack("<IHHI", 70, 0, 0, 54)
+        + struct.pack("<IiiHHIIiiII", 40, 50_000, 40_000, 1, 8, 0, 0, 0, 0, 0, 0),
+    "TIFF of 4 billion pixels":
+        b"II*\0\x08\0\0\0\x06\0"
+        + b"".join(struct.pack("<HHII", *tag) for tag in (
+            (256, 4, 1, 65000), (257, 4, 1, 65000), (258, 3, 1, 8), (259, 3, 1, 1), (262, 3, 1, 1),
+            (273, 4, 1, 8))) + b"\0\0\0\0",
+    "EPS, which Ghostscript would run":
+        b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 100 100\n"
+        b"(%pipe%touch owned) (w) file\n%%EOF\n",
 }
 
 
@@ -238,27 +292,37 @@ def test_an_image_that_is_larger_than_it_looks_is_refused_in_little_time_and_mem
         with within(3), memory_below(80):
             try:
                 read("x.png", tmp_path)
-                assert "zTXt" in case or "iTXt" in case or case == "iCCP"  # Pillow may leave such a chunk alone; the film itself is good
+                # Pillow may leave such a chunk alone; the film itself is good
+                assert "zTXt" in case or "iTXt" in case or case == "iCCP"
             except ValueError as error:
-                assert "x.png: " in str(error) and ("EPS" not in case or "cannot identify image file" in str(error))
+                assert "x.png: " in str(error)
+                assert "EPS" not in case or "cannot identify image file" in str(error)
 
 
 def test_a_table_that_was_packed_to_a_thousandth_is_refused_in_little_memory(tmp_path):
     packer = zlib.compressobj(9, zlib.DEFLATED, 31)
-    content = b"".join(packer.compress(part) for part in (b"study_id,", *[b"a" * 1_000_000] * 300)) + packer.flush()
+    parts = [b"study_id,", *[b"a" * 1_000_000] * 300]
+    content = b"".join(map(packer.compress, parts)) + packer.flush()
     (tmp_path / "mimic-cxr-2.0.0-chexpert.csv.gz").write_bytes(content)
     assert len(content) < 1_000_000 and gzip.open(io.BytesIO(content)).read(9) == b"study_id,"
-    with within(3), memory_below(20), pytest.raises(ValueError, match=r"chexpert.csv.gz:1: .*a line of less than 1,000,000 bytes"):
+    too_long = r"chexpert.csv.gz:1: .*a line of less than 1,000,000 bytes"
+    with within(3), memory_below(20), pytest.raises(ValueError, match=too_long):
         datasets.chexpert_labels(tmp_path / "mimic-cxr-2.0.0-chexpert.csv.gz", ["Edema"])
 
 
 LAUGHS = "".join(f'<!ENTITY l{i} "{f"&l{i - 1};" * 10}">' for i in range(1, 12))
+REPORT = "<x><MeSH><automatic>{}</automatic></MeSH></x>"
 XML_BOMBS = {
-    "a billion laughs": f'<!DOCTYPE x [<!ENTITY l0 "pneumonia">{LAUGHS}]><x><MeSH><automatic>&l11;</automatic></MeSH></x>',
-    "one long entity many times": f'<!DOCTYPE x [<!ENTITY a "{"a" * 1_000_000}">]><x><MeSH><automatic>{"&a;" * 3000}</automatic></MeSH></x>',
-    "a file as an entity": '<!DOCTYPE x [<!ENTITY a SYSTEM "file://{secret}">]><x><MeSH><automatic>&a;</automatic></MeSH></x>',
-    "a file as a parameter": '<!DOCTYPE x [<!ENTITY % a SYSTEM "file://{secret}"> %a;]><x><MeSH><automatic>&b;</automatic></MeSH></x>',
-    "a page as a document type": '<!DOCTYPE x SYSTEM "http://127.0.0.1:{port}/x.dtd"><x><MeSH><automatic>x</automatic></MeSH></x>',
+    "a billion laughs":
+        f'<!DOCTYPE x [<!ENTITY l0 "pneumonia">{LAUGHS}]>' + REPORT.format("&l11;"),
+    "one long entity many times":
+        f'<!DOCTYPE x [<!ENTITY a "{"a" * 1_000_000}">]>' + REPORT.format("&a;" * 3000),
+    "a file as an entity":
+        '<!DOCTYPE x [<!ENTITY a SYSTEM "file://{secret}">]>' + REPORT.format("&a;"),
+    "a file as a parameter":
+        '<!DOCTYPE x [<!ENTITY % a SYSTEM "file://{secret}"> %a;]>' + REPORT.format("&b;"),
+    "a page as a document type":
+        '<!DOCTYPE x SYSTEM "http://127.0.0.1:{port}/x.dtd">' + REPORT.format("x"),
     "a hundred thousand levels": "<x>" * 100_000 + "</x>" * 100_000,
     "an attribute of 5 MB": f'<x><parentImage id="{"a" * 5_000_000}"/></x>',
 }
@@ -270,7 +334,8 @@ def test_an_open_i_report_cannot_grow_read_files_or_call_out(tmp_path, case):
     secret.write_text("pneumonia")
     write_open_i(tmp_path / "x")
     with serve(lambda *_: b"") as chat:
-        content = XML_BOMBS[case].replace("{secret}", str(secret)).replace("{port}", str(chat.server_address[1]))
+        _, port = chat.server_address
+        content = XML_BOMBS[case].replace("{secret}", str(secret)).replace("{port}", str(port))
         (tmp_path / "x" / "ecgen-radiology" / "1.xml").write_text(content)
         with within(3), memory_below(300):
             try:
@@ -282,7 +347,7 @@ def test_an_open_i_report_cannot_grow_read_files_or_call_out(tmp_path, case):
         assert not chat.asked
 
 
-# ------------------------------------------------------------------------------------------------- pickles, remote code
+# ----------------------------------------------------------------------------- pickles, remote code
 
 class Evil:
     """Unpickled, it makes a folder."""
@@ -296,7 +361,8 @@ class Evil:
 
 @pytest.fixture
 def flag(tmp_path, monkeypatch):
-    """The folder that exists if an attack was carried out. Nobody may be asked whether to run code either."""
+    """The folder that exists if an attack was carried out. Nobody may be asked whether to run code
+    either."""
     monkeypatch.setattr(builtins, "input", lambda *_: pytest.fail("asks whether to run the code"))
     flag = tmp_path / "owned"
     yield flag
@@ -325,34 +391,47 @@ def test_the_pickles_of_these_tests_would_do_their_work(tmp_path):
 
 def index_of(folder, file):
     weights = {name: file for name in ("lm_head.weight", "model.embed_tokens.weight")}
-    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": weights}))
+    (folder / "model.safetensors.index.json").write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": weights}))
 
 
 def adapter(folder):
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(folder), "r": 8, "target_modules": ["q_proj"]}
+    config = {
+        "peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(folder),
+        "r": 8, "target_modules": ["q_proj"]}
     (folder / "adapter_config.json").write_text(json.dumps(config))
 
 
-STUDENTS = {  # what is done to a good folder beside the pickles in it; whether it still is a student
+def config_names_a_pickle(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(
+        json.dumps({**config, "transformers_weights": "pytorch_model.bin"}))
+
+
+# what is done to a good folder beside the pickles in it; whether it still is a student
+STUDENTS = {
     "beside the weights": (lambda f: None, True),
     "instead of the weights": (lambda f: (f / "model.safetensors").unlink(), False),
-    "as the weights": (lambda f: shutil.copy(f / "pytorch_model.bin", f / "model.safetensors"), False),
-    "named by an index": (lambda f: ((f / "model.safetensors").unlink(), index_of(f, "pytorch_model.bin")), False),
-    "named by the config": (lambda f: (f / "config.json").write_text(json.dumps(
-        {**json.loads((f / "config.json").read_text()), "transformers_weights": "pytorch_model.bin"})), False),
+    "as the weights": (
+        lambda f: shutil.copy(f / "pytorch_model.bin", f / "model.safetensors"), False),
+    "named by an index": (
+        lambda f: ((f / "model.safetensors").unlink(), index_of(f, "pytorch_model.bin")), False),
+    "named by the config": (config_names_a_pickle, False),
     "as an adapter": (adapter, None),
 }
 
 
 @pytest.mark.parametrize("kind", ["raw", "zip", "old"])
 @pytest.mark.parametrize("case", STUDENTS)
-def test_nothing_in_a_students_folder_is_unpickled(base, task, tmp_path, flag, monkeypatch, case, kind):
+def test_nothing_in_a_students_folder_is_unpickled(base, task, tmp_path, flag, monkeypatch, case,
+                                                   kind):
     change, good = STUDENTS[case]
-    monkeypatch.setattr(torch, "load", lambda file, *_, **__: pytest.fail(f"unpickles {file}"))  # also not by its careful unpickler
+    # also not by its careful unpickler
+    monkeypatch.setattr(torch, "load", lambda file, *_, **__: pytest.fail(f"unpickles {file}"))
     folder = tmp_path / "student"
     shutil.copytree(base, folder)
-    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt", "rng_state.pth", "state.pt", "adapter_model.bin",
-                 "tokenizer.pkl"):
+    for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "scheduler.pt",
+                 "rng_state.pth", "state.pt", "adapter_model.bin", "tokenizer.pkl"):
         (folder / name).write_bytes(pickles(flag)[kind])
     change(folder)
     loaded = None
@@ -360,7 +439,7 @@ def test_nothing_in_a_students_folder_is_unpickled(base, task, tmp_path, flag, m
         loaded = student.load(folder)
     if good is not None:
         assert (loaded is not None) == good
-    data.Encoder(folder, task)
+    student.Processor(folder, task)
 
 
 @pytest.mark.parametrize("kind", ["raw", "zip", "old"])
@@ -372,8 +451,9 @@ def test_nothing_in_a_checkpoint_is_unpickled(tmp_path, flag, kind):
         (step / name).write_bytes(pickles(flag)[kind])
     sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in step.iterdir()}
     (step / "manifest.json").write_text(json.dumps({"step": 7, "sha256": sums, "log": {}}))
-    path, weight = checkpoint.newest_checkpoint(tmp_path)[0], torch.nn.Parameter(torch.zeros(2))
+    path, _ = checkpoint.newest_checkpoint(tmp_path)
     assert path == step
+    weight = torch.nn.Parameter(torch.zeros(2))
     with pytest.raises(SafetensorError):
         checkpoint.load_checkpoint(path, {"model.embed": weight}, torch.optim.AdamW([weight]))
 
@@ -383,8 +463,8 @@ def test_code_in_a_students_folder_is_never_imported(base, task, tmp_path, flag,
     folder = tmp_path / "student"
     shutil.copytree(base, folder)
     code = f"import os\nos.mkdir({str(flag)!r})\n"
-    for name in ("modeling_evil", "configuration_evil", "tokenization_evil", "processing_evil", "__init__", "custom_generate/generate",
-                 "sitecustomize"):
+    for name in ("modeling_evil", "configuration_evil", "tokenization_evil", "processing_evil",
+                 "__init__", "custom_generate/generate", "sitecustomize"):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / f"{name}.py").write_text(code)
     (folder / "custom_generate" / "requirements.txt").write_text("nothing-that-exists\n")
@@ -394,22 +474,27 @@ def test_code_in_a_students_folder_is_never_imported(base, task, tmp_path, flag,
         (folder / file).write_text(json.dumps({**known, **more}))
 
     if what == "config":
-        add("config.json", architectures=["EvilModel"], auto_map={"AutoConfig": "configuration_evil.C", "AutoModel": "modeling_evil.M",
-                                                                  "AutoModelForImageTextToText": "modeling_evil.M"})
+        add("config.json", architectures=["EvilModel"], auto_map={
+            "AutoConfig": "configuration_evil.C", "AutoModel": "modeling_evil.M",
+            "AutoModelForImageTextToText": "modeling_evil.M"})
     elif what == "tokenizer":
-        add("tokenizer_config.json", tokenizer_class="EvilTokenizer", auto_map={"AutoTokenizer": ["tokenization_evil.T", "tokenization_evil.T"]})
+        add("tokenizer_config.json", tokenizer_class="EvilTokenizer",
+            auto_map={"AutoTokenizer": ["tokenization_evil.T", "tokenization_evil.T"]})
     elif what == "processor":
         for file in ("preprocessor_config.json", "processor_config.json"):
-            add(file, processor_class="EvilProcessor", auto_map={"AutoProcessor": "processing_evil.P", "AutoImageProcessor": "processing_evil.I"})
+            add(file, processor_class="EvilProcessor", auto_map={
+                "AutoProcessor": "processing_evil.P", "AutoImageProcessor": "processing_evil.I"})
     else:
-        add("generation_config.json", custom_generate="custom_generate", auto_map={"AutoModel": "modeling_evil.M"})
+        add("generation_config.json", custom_generate="custom_generate",
+            auto_map={"AutoModel": "modeling_evil.M"})
     model = student.load(folder)
     with contextlib.suppress(ValueError):  # a tokenizer of an unknown class may be refused
-        encoder = data.Encoder(folder, task)
+        processor = student.Processor(folder, task)
         (folder / "film").mkdir()
         Image.new("L", (56, 56)).save(folder / "film" / "x.png")
-        encoder.images = folder / "film"
-        student.sample(model, encoder, [encoder(data.Study("a", ("x.png",), {}, {}), "What?")], ["0"], max_new_tokens=2)
+        processor.images = folder / "film"
+        example = processor(data.Study("a", ("x.png",), {}, {}), "What?")
+        sampling.sample(model, processor, [example], ["0"], max_new_tokens=2)
     check.TextLengths(folder, task)
     with contextlib.suppress(Exception):
         teachers.encode(["a text"], folder)
@@ -417,14 +502,16 @@ def test_code_in_a_students_folder_is_never_imported(base, task, tmp_path, flag,
 
 
 def test_a_students_chat_template_is_never_run(base, task, tmp_path, flag):
-    """The chat is built by data.Encoder, so a template is only carried along. Who renders it is its server; transformers does in a sandbox."""
+    """The chat is built by student.Processor, so a template is only carried along. A server of the
+    student renders it; transformers does so in a sandbox."""
     folder = tmp_path / "student"
     shutil.copytree(base, folder)
-    template = f"{{{{ cycler.__init__.__globals__.os.mkdir('{flag}') }}}}{{{{ messages[0]['content'] }}}}"
+    template = (f"{{{{ cycler.__init__.__globals__.os.mkdir('{flag}') }}}}"
+                "{{ messages[0]['content'] }}")
     (folder / "chat_template.jinja").write_text(template)
     known = json.loads((folder / "tokenizer_config.json").read_text())
     (folder / "tokenizer_config.json").write_text(json.dumps({**known, "chat_template": template}))
-    hostile, plain = data.Encoder(folder, task), data.Encoder(base, task)
+    hostile, plain = student.Processor(folder, task), student.Processor(base, task)
     grid = torch.tensor([[1, 4, 4]])
     assert hostile.prefix("What?", grid).tolist() == plain.prefix("What?", grid).tolist()
     with pytest.raises(Exception, match="unsafe|jinja2"):
@@ -433,45 +520,56 @@ def test_a_students_chat_template_is_never_run(base, task, tmp_path, flag):
 
 def test_the_project_has_no_means_to_run_what_it_reads():
     forbidden = re.compile(
-        r"\bpickle\b|torch\.load\b|\bmarshal\b|\bshelve\b|\bjoblib\b|\byaml\b|allow_pickle|(?<![.\w])(?:eval|exec)\(|os\.system"
-        r"|shell=True|trust_remote_code=True|weights_only=False|\b__import__\(|jinja|apply_chat_template")
-    for file in (*ROOT.glob("*.py"), *(path for path in ROOT.glob("*/*.py") if path.parent.name != "tests")):
+        r"\bpickle\b|torch\.load\b|\bmarshal\b|\bshelve\b|\bjoblib\b|\byaml\b|allow_pickle"
+        r"|(?<![.\w])(?:eval|exec)\(|os\.system|shell=True|trust_remote_code=True"
+        r"|weights_only=False|\b__import__\(|jinja|apply_chat_template")
+    in_folders = (path for path in ROOT.glob("*/*.py") if path.parent.name != "tests")
+    for file in (*ROOT.glob("*.py"), *in_folders):
         code = re.sub(r'"""[\s\S]*?"""|#.*', "", file.read_text(encoding="utf-8"))
         assert not (found := forbidden.search(code)), f"{file.name}: {found[0]}"
 
 
-# -------------------------------------------------------------------------------------- special tokens, the terminal, keys
+# --------------------------------------------------------------- special tokens, the terminal, keys
 
 def test_special_tokens_of_every_text_of_a_study_stay_text_in_the_packed_row(model, base, tmp_path):
-    """In ids, teachers' names, trajectories, t+ and prompts, from record to packed row, two films."""
+    """In ids, teachers' names, trajectories, t+ and prompts, from record to packed row."""
     Image.new("RGB", (56, 56)).save(tmp_path / "x.png")
-    encoder = data.Encoder(base, data.CHEST, tmp_path)
-    special = [encoder.start, encoder.end, encoder.image_pad, encoder.vision_start, encoder.vision_end, encoder.pad]
+    processor = student.Processor(base, data.CHEST, tmp_path)
+    special = [
+        processor.start, processor.end, processor.image_pad, processor.vision_start,
+        processor.vision_end, processor.pad]
 
     def row(text):
-        study = data.Study(text, ("x.png", "x.png"), {}, {text: text, "b": text}, report=text, t_plus=text)
+        study = data.Study(
+            text, ("x.png", "x.png"), {}, {text: text, "b": text}, report=text, t_plus=text)
         prompt = data.compare_prompt(study, data.CHEST, 0) + data.student_prompt(study, data.CHEST)
-        example = encoder(study, prompt, [study.t_plus, *study.trajectories.values()])
-        assert all(response.tolist().count(encoder.end) == 1 for response in example["responses"])
+        example = processor(study, prompt, [study.t_plus, *study.trajectories.values()])
+        assert all(response.tolist().count(processor.end) == 1 for response in example["responses"])
         batch = student.pack([example], model)
-        return [(batch["ids"] == token).sum().item() for token in special] + [(batch["targets"] == token).sum().item() for token in special]
+        return [(batch[name] == token).sum().item()
+                for name in ("ids", "targets") for token in special]
 
-    tokens = encoder.tokenizer.all_special_tokens
-    assert len(tokens) >= 6 and row("clear") == row(INJECTION) == row("".join(tokens)) == row(f"<{tokens[0]}{tokens[-1]}>")
+    tokens = processor.tokenizer.all_special_tokens
+    assert len(tokens) >= 6
+    for text in (INJECTION, "".join(tokens), f"<{tokens[0]}{tokens[-1]}>"):
+        assert row(text) == row("clear")
 
 
 def test_nothing_of_a_record_speaks_to_the_terminal(tmp_path, capsys):
     good = {"id": "a", "image": "x.png", "labels": {}, "trajectories": {"b": "Edema."}}
-    rows = [{**good, "id": f"a{ESCAPES}"}, {**good, "image": f"{ESCAPES}.png"}, {**good, "trajectories": {ESCAPES: "x"}},
-            {**good, "labels": {ESCAPES: 1}}, {**good, "labels": {"Edema": ESCAPES}},
-            {**good, "id": "c", "trajectories": {"b": f"I'm sorry, I cannot {ESCAPES}"}}]
+    rows = [
+        {**good, "id": f"a{ESCAPES}"}, {**good, "image": f"{ESCAPES}.png"},
+        {**good, "trajectories": {ESCAPES: "x"}}, {**good, "labels": {ESCAPES: 1}},
+        {**good, "labels": {"Edema": ESCAPES}},
+        {**good, "id": "c", "trajectories": {"b": f"I'm sorry, I cannot {ESCAPES}"}}]
     path = tmp_path / "studies.jsonl"
     path.write_bytes(b"".join(map(records.line_of, rows)))
     check.check(check.parse([str(path), "--images", str(tmp_path)]))
     with pytest.raises(ValueError) as caught:
         data.read_studies(path, data.CHEST)
     printed = capsys.readouterr().out + str(caught.value)
-    assert printed.count("studies.jsonl:") >= 10 and not records.CONTROL.search(printed.replace("\n", ""))
+    assert printed.count("studies.jsonl:") >= 10
+    assert not records.CONTROL.search(printed.replace("\n", ""))
 
 
 def test_what_is_missing_is_printed_without_control_characters(capsys):
@@ -480,35 +578,44 @@ def test_what_is_missing_is_printed_without_control_characters(capsys):
 
     results.end(Args, {"rows": {}, "missing": [f"a{ESCAPES}\nfinished"], "table": "t"})
     out = capsys.readouterr().out
-    assert not records.CONTROL.search(out.replace("\n", "")) and out.count("\n") == 3 and "\\x1b[2J" in out
+    assert not records.CONTROL.search(out.replace("\n", ""))
+    assert out.count("\n") == 3
+    assert "\\x1b[2J" in out
 
 
 def test_a_servers_words_do_not_speak_to_the_terminal(tmp_path):
-    for answer in ((400, {"error": {"message": ESCAPES}}), (500, {"detail": ESCAPES}), (401, {"error": ESCAPES}),
-                   (200, {"error": {ESCAPES: ESCAPES}})):
-        with serve(lambda *_, answer=answer: answer) as chat, pytest.raises(endpoint.Failure) as caught:
+    for answer in ((400, {"error": {"message": ESCAPES}}), (500, {"detail": ESCAPES}),
+                   (401, {"error": ESCAPES}), (200, {"error": {ESCAPES: ESCAPES}})):
+        with (serve(lambda *_, answer=answer: answer) as chat,
+              pytest.raises(endpoint.Failure) as caught):
             endpoint.complete(endpoint.Endpoint(chat.url, "m"), [])
         assert not records.CONTROL.search(str(caught.value)), ascii(str(caught.value))
     with serve(lambda *_: None) as chat:
         chat.models = [f"a{ESCAPES}", "b"]
         with pytest.raises(ValueError, match="serves a.*, b") as caught:
-            selfdistill.server_sampler(endpoint.Endpoint(chat.url, ""), selfdistill.parse(["--studies", "x", "--server", chat.url]), data.CHEST)
+            sampling.served_model(endpoint.Endpoint(chat.url, ""), chat.url)
     assert not records.CONTROL.search(str(caught.value))
 
 
 @pytest.mark.parametrize("answer", [
-    lambda body, nth: {**completion(f"Edema {KEY}.", usage=None, model=KEY), "usage": {"prompt_tokens": 1, "completion_tokens": 1, KEY: KEY},
-                       KEY: KEY},
-    lambda body, nth: completion(KEY, finish=KEY), lambda body, nth: (400, {"error": {"message": f"Authorization: Bearer {KEY}"}}),
-    lambda body, nth: (500, KEY.encode()) if nth == 0 else (401, {"error": {"message": KEY, "code": KEY}}),
-    lambda body, nth: lambda handler: handler.send(429, {"error": str(handler.headers)}, {"Retry-After": "0", "X-Key": KEY}),
+    lambda body, nth: {
+        **completion(f"Edema {KEY}.", usage=None, model=KEY),
+        "usage": {"prompt_tokens": 1, "completion_tokens": 1, KEY: KEY}, KEY: KEY},
+    lambda body, nth: completion(KEY, finish=KEY),
+    lambda body, nth: (400, {"error": {"message": f"Authorization: Bearer {KEY}"}}),
+    lambda body, nth: (
+        (500, KEY.encode()) if nth == 0 else (401, {"error": {"message": KEY, "code": KEY}})),
+    lambda body, nth: lambda handler: handler.send(
+        429, {"error": str(handler.headers)}, {"Retry-After": "0", "X-Key": KEY}),
     lambda body, nth: json.dumps(completion(KEY)).replace("s", "\\u0073").encode(),
 ], ids=range(6))
-def test_a_key_that_a_server_gives_back_is_in_no_file_and_on_no_screen(tmp_path, monkeypatch, capfd, answer):
+def test_a_key_that_a_server_gives_back_is_in_no_file_and_on_no_screen(tmp_path, monkeypatch, capfd,
+                                                                       answer):
     monkeypatch.setenv("A_TEST_KEY", KEY)
     monkeypatch.setattr(endpoint.random.Random, "uniform", lambda self, low, high: 0.01)
     Image.new("L", (56, 56)).save(tmp_path / "x.png")
-    (tmp_path / "studies.jsonl").write_bytes(records.line_of({"id": "a", "image": "x.png", "labels": {"Edema": 1}}))
+    (tmp_path / "studies.jsonl").write_bytes(
+        records.line_of({"id": "a", "image": "x.png", "labels": {"Edema": 1}}))
     headers = []
 
     def hear(chat, body, nth):
@@ -517,18 +624,25 @@ def test_a_key_that_a_server_gives_back_is_in_no_file_and_on_no_screen(tmp_path,
 
     with serve(hear) as chat:
         do_post = chat.RequestHandlerClass.do_POST
-        monkeypatch.setattr(chat.RequestHandlerClass, "do_POST",
-                            lambda handler: (headers.append(handler.headers["Authorization"]), do_post(handler))[1])
-        (tmp_path / "endpoints.json").write_text(json.dumps({"a": {"url": chat.url, "model": "m", "key_env": "A_TEST_KEY"}}))
-        collect.run(collect.parse([str(tmp_path / "studies.jsonl"), "--endpoints", str(tmp_path / "endpoints.json"), "--images", str(tmp_path),
-                                   "--out", str(tmp_path / "out.jsonl"), "--attempts", "2", "--json"]))
+
+        def listen(handler):
+            headers.append(handler.headers["Authorization"])
+            do_post(handler)
+
+        monkeypatch.setattr(chat.RequestHandlerClass, "do_POST", listen)
+        (tmp_path / "endpoints.json").write_text(
+            json.dumps({"a": {"url": chat.url, "model": "m", "key_env": "A_TEST_KEY"}}))
+        flags = [tmp_path / "studies.jsonl", "--endpoints", tmp_path / "endpoints.json",
+                 "--images", tmp_path, "--out", tmp_path / "out.jsonl", "--attempts", 2, "--json"]
+        collect.run(collect.parse([str(word) for word in flags]))
     assert headers and set(headers) == {f"Bearer {KEY}"}
     out, err = capfd.readouterr()
-    for content in (out, err, *(path.read_text() for path in tmp_path.iterdir() if path.is_file() and path.suffix != ".png")):
+    files = [path for path in tmp_path.iterdir() if path.is_file() and path.suffix != ".png"]
+    for content in (out, err, *(path.read_text() for path in files)):
         assert KEY not in content and KEY not in content.replace("\\/", "/")
 
 
-# -------------------------------------------------------------------------------------------------------------- servers
+# ------------------------------------------------------------------------------------------ servers
 
 def endless(handler):
     """A good head, then zeros for ever, in chunks."""
@@ -569,18 +683,27 @@ def packed(handler):
 @pytest.mark.parametrize("flood", [endless, ten_gigabytes, endless_head, endless_line, packed])
 def test_a_server_that_never_stops_talking_is_cut(flood):
     start = time.monotonic()
-    with serve(lambda *_: flood) as chat, memory_below(150), pytest.raises(endpoint.Failure) as caught:
+    with (serve(lambda *_: flood) as chat, memory_below(150),
+          pytest.raises(endpoint.Failure) as caught):
         endpoint.complete(endpoint.Endpoint(chat.url, "m", timeout=20), [])
     assert caught.value.kind == "again" and time.monotonic() - start < 15
 
 
 def test_a_redirect_to_the_metadata_address_connects_to_nobody(monkeypatch):
     connect, asked = socket.socket.connect, []
-    monkeypatch.setattr(socket.socket, "connect", lambda self, address: asked.append(address[0]) or connect(self, address))
+
+    def listen(self, address):
+        host, _ = address
+        asked.append(host)
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", listen)
     for status in (301, 302, 307, 308):
-        for place in ("http://169.254.169.254/latest/meta-data/", "//169.254.169.254/", "file:///etc/passwd", "http://[fd00:ec2::254]/"):
+        for place in ("http://169.254.169.254/latest/meta-data/", "//169.254.169.254/",
+                      "file:///etc/passwd", "http://[fd00:ec2::254]/"):
             answer = status, b"", {"Location": place}
-            with serve(lambda *_, a=answer: a) as chat, pytest.raises(endpoint.Failure, match="redirects are not followed"):
+            with (serve(lambda *_, a=answer: a) as chat,
+                  pytest.raises(endpoint.Failure, match="redirects are not followed")):
                 endpoint.complete(endpoint.Endpoint(chat.url, "m"), [])
     assert asked and set(asked) == {"127.0.0.1"}
     with pytest.raises(ValueError, match="169.254.169.254 is not this machine"):
@@ -588,17 +711,20 @@ def test_a_redirect_to_the_metadata_address_connects_to_nobody(monkeypatch):
 
 
 def test_nesting_of_any_depth_is_a_failure_and_no_other_exception():
-    """Where Python gives up depends on how deep the caller is, so an answer just below that depth could break whoever writes it."""
+    """Where Python gives up depends on how deep the caller is, so an answer just below that depth
+    could break whoever writes it."""
     def written(value, below=40):
         return written(value, below - 1) if below else json.dumps(value)
 
     for depth in (50, 99, 101, *range(300, 1000, 10), 100_000):
         with contextlib.suppress(ValueError):
-            written(endpoint._parse(b'{"choices": [], "usage": {"a": ' + b"[" * depth + b"]" * depth + b"}}", KEY))
+            nested = b"[" * depth + b"]" * depth
+            written(endpoint._parse(b'{"choices": [], "usage": {"a": ' + nested + b"}}", KEY))
 
 
 @pytest.mark.parametrize("usage", [
-    {"prompt_tokens": 10 ** 400, "completion_tokens": 1}, {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 10 ** 4000},
+    {"prompt_tokens": 10 ** 400, "completion_tokens": 1},
+    {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 10 ** 4000},
     {"prompt_tokens": -1, "completion_tokens": 1}, {"prompt_tokens": True, "completion_tokens": 1}])
 def test_a_bill_that_no_number_holds_is_no_bill(usage):
     counted = endpoint.count(usage)
@@ -606,9 +732,11 @@ def test_a_bill_that_no_number_holds_is_no_bill(usage):
 
 
 @settings(derandomize=True, database=None, deadline=None, max_examples=150)
-@given(value=st.text(max_size=30) | st.from_regex(r"[A-Z][a-z]{2}, \d{1,5} [A-Z][a-z]{2} \d{1,6} \d{1,3}:\d{1,3}:\d{1,3} [A-Z+\-0-9]{0,9}",
-                                                  fullmatch=True),
-       text=st.text(max_size=30) | st.from_regex(r'\{"retryDelay": "[\d.]{1,400}s"\}', fullmatch=True))
+@given(
+    value=st.text(max_size=30) | st.from_regex(
+        r"[A-Z][a-z]{2}, \d{1,5} [A-Z][a-z]{2} \d{1,6} \d{1,3}:\d{1,3}:\d{1,3} [A-Z+\-0-9]{0,9}",
+        fullmatch=True),
+    text=st.text(max_size=30) | st.from_regex(r'\{"retryDelay": "[\d.]{1,400}s"\}', fullmatch=True))
 def test_no_wish_to_wait_is_an_exception(value, text):
     for headers in ({"Retry-After": value}, {}):
         wait = endpoint._wait(headers, text)

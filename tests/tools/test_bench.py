@@ -12,14 +12,13 @@ import pytest
 from conftest import ROOT
 from test_meteor import write_folder
 
-import student
-
 FIELDS = {"time_vs_separate", "time_vs_trl", "memory_vs_separate", "mfu", "hfu", "peak_gib"}
 
 
 def run(*command, **env):
-    return subprocess.run([sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300, cwd=ROOT / "tests",
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **env}, check=False)
+    return subprocess.run(
+        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300,
+        cwd=ROOT / "tests", env={**os.environ, "OMP_NUM_THREADS": "1", **env}, check=False)
 
 
 def bench_output(*flags, **env):
@@ -37,27 +36,39 @@ def test_step():
         assert set(line) == FIELDS
         assert line["time_vs_trl"] is line["mfu"] is line["hfu"] is None
         assert min(line["time_vs_separate"], line["memory_vs_separate"], line["peak_gib"]) > 0
-    assert text.count("log-probs differ by") == 7  # packed and separate in three modes, packed with one teacher in the first
+    # packed and separate in three modes, packed with one teacher in the first
+    assert text.count("log-probs differ by") == 7
 
 
 def test_step_with_trl():
     """DPOTrainer runs on our collator and scores the same log-probs, from the same images."""
     pytest.importorskip("trl")
     text, report = bench_output("step", "--size", "tiny", "--repeats", "1", "--modes", "merger")
-    assert report["mode"]["merger"]["time_vs_trl"] > 0 and report["mode"]["lora"]["time_vs_separate"] is None
-    assert [line.split()[1] for line in text.splitlines() if "log-probs" in line] == ["packed", "separate", "TRL", "one"]
+    assert report["mode"]["merger"]["time_vs_trl"] > 0
+    assert report["mode"]["lora"]["time_vs_separate"] is None
+    _, names = zip(*(line.split()[:2] for line in text.splitlines() if "log-probs" in line))
+    assert names == ("packed", "separate", "TRL", "one")
+
+
+def run_with_wrong_places(*flags):
+    """Runs a command while every branch of a packed row has wrong positions."""
+    return run("-c", f"""if True:
+        import sys
+        import bench
+        pack = bench.student.pack
+        def wrong(*arguments):
+            batch = pack(*arguments)
+            return batch | {{"position_ids": batch["position_ids"] + batch["branch"]}}
+        bench.student.pack = wrong
+        sys.argv = ["bench.py", *{flags!r}, "--size", "tiny", "--repeats", "1"]
+        bench.main()""")
 
 
 def test_step_notices_other_work():
-    """A packed step whose branches stand in wrong places is not compared."""
-    done = run("-c", """if True:
-        import sys
-        import bench
-        right = bench.student.pack
-        bench.student.pack = lambda *a: {**right(*a), "position_ids": right(*a)["position_ids"] + right(*a)["branch"]}
-        sys.argv = ["bench.py", "step", "--size", "tiny", "--repeats", "1", "--no_trl", "--modes", "merger"]
-        bench.main()""")
-    assert done.returncode == 1 and "separate does other work than packed" in done.stderr, done.stdout + done.stderr
+    """A packed step whose branches are in wrong places is not compared."""
+    done = run_with_wrong_places("step", "--no_trl", "--modes", "merger")
+    assert done.returncode == 1, done.stdout + done.stderr
+    assert "separate does other work than packed" in done.stderr
 
 
 def test_sample():
@@ -66,22 +77,35 @@ def test_sample():
 
 
 def test_metrics(tmp_path):
-    """With METEOR's formats in small, no Java, and two reports in Open-I's format, one of which is read as labelled."""
-    reports = {"CXR1": ("No effusion.", "Mild cardiomegaly."), "CXR2": ("Possible pneumonia.", "Atelectasis.")}
+    """With METEOR's formats in small, no Java, and two reports in Open-I's format.
+
+    One of the two is read as labelled.
+    """
+    reports = {"CXR1": {"FINDINGS": "No effusion.", "IMPRESSION": "Mild cardiomegaly."},
+               "CXR2": {"FINDINGS": "Possible pneumonia.", "IMPRESSION": "Atelectasis."}}
     with tarfile.open(tmp_path / "NLMCXR_reports.tgz", "w:gz") as tar:
         for name, parts in reports.items():
-            texts = "".join(f'<AbstractText Label="{label}">{text}</AbstractText>' for label, text in zip(("FINDINGS", "IMPRESSION"), parts))
-            content = f'<eCitation><uId id="{name}"/><Abstract>{texts}</Abstract></eCitation>'.encode()
+            texts = "".join(f'<AbstractText Label="{label}">{text}</AbstractText>'
+                            for label, text in parts.items())
+            content = f'<uId id="{name}"/><Abstract>{texts}</Abstract>'
+            content = f"<eCitation>{content}</eCitation>".encode()
             member = tarfile.TarInfo(f"ecgen-radiology/{name}.xml")
             member.size = len(content)
             tar.addfile(member, io.BytesIO(content))
     (tmp_path / "openi_gld_std14.csv").write_text(
-        "filename,Atelectasis,Cardiomegaly,Effusion,Pneumonia,Pneumothorax,Consolidation,Edema\nCXR1,0,1,0,0,0,0,0\nCXR2,0,0,0,1,0,0,0\n")
-    text, report = bench_output("metrics", "--reports", 20, "--meteor", write_folder(tmp_path / "own"), "--openi", tmp_path, PATH="")
-    assert report.pop("openi") == {"precision": 0.5, "recall": 0.5, "f1": 0.5} and report.pop("meteor_jar_pair_ms") is None
+        "filename,Atelectasis,Cardiomegaly,Effusion,Pneumonia,Pneumothorax,Consolidation,Edema\n"
+        "CXR1,0,1,0,0,0,0,0\n"
+        "CXR2,0,0,0,1,0,0,0\n")
+    meteor = write_folder(tmp_path / "own")
+    text, report = bench_output("metrics", "--reports", 20, "--meteor", meteor,
+                                "--openi", tmp_path, PATH="")
+    assert report.pop("openi") == {"precision": 0.5, "recall": 0.5, "f1": 0.5}
+    assert report.pop("meteor_jar_pair_ms") is None
     report.pop("text_oracle_s")  # null without pycocoevalcap
-    assert set(report) == {"text_s", "meteor_table_s", "meteor_table_mb", "meteor_pair_ms", "meteor_pair_slowest_ms", "findings_s"}
-    assert min(report.values()) >= 0 and report["meteor_pair_ms"] > 0 and "the jar needs Java" in text and "in 2 reports of Open-I" in text
+    assert set(report) == {"text_s", "meteor_table_s", "meteor_table_mb", "meteor_pair_ms",
+                           "meteor_pair_slowest_ms", "findings_s"}
+    assert min(report.values()) >= 0 and report["meteor_pair_ms"] > 0
+    assert "the jar needs Java" in text and "in 2 reports of Open-I" in text
 
 
 def test_evaluate():
@@ -90,25 +114,22 @@ def test_evaluate():
 
 
 def test_evaluate_notices_other_answers():
-    """Questions whose branches stand in wrong places are not compared."""
-    done = run("-c", """if True:
-        import sys
-        import bench
-        right = bench.student.pack
-        bench.student.pack = lambda *a: {**right(*a), "position_ids": right(*a)["position_ids"] + right(*a)["branch"]}
-        sys.argv = ["bench.py", "evaluate", "--size", "tiny", "--repeats", "1"]
-        bench.main()""")
+    """Questions whose branches are in wrong places are not compared."""
+    done = run_with_wrong_places("evaluate")
     assert done.returncode == 1 and "other answers" in done.stderr, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("train, expected", [("lora", (2, 3, 1)), ("full", (3, 4, 4))])
 def test_step_flops(train, expected):
-    """PACKED.md's arithmetic for 7B: 2 * 6.525e9 a token, 4 * 3584 * 28 an attended pair, 2 * 0.545e9 a head token, 5.65e12 an image."""
+    """The arithmetic for 7B by hand.
+
+    2 * 6.525e9 a token, 4 * 3584 * 28 an attended pair, 2 * 0.545e9 a head token, 5.65e12 an image.
+    """
     spec, config = bench.SIZES["7b"], bench.make_config("7b")
     n, prefix = spec["responses"], 1104
     pairs = sum(range(1, prefix + 1)) + sum(sum(range(prefix + 1, prefix + m)) for m in n)
     decoder = 2 * 6.525e9 * (prefix + sum(n) - 8) + 4 * 3584 * 28 * pairs + 2 * 0.545e9 * sum(n)
-    model, hardware = student.step_flops(config, prefix, n, 4096, bench.TRAIN[train])
+    model, hardware = bench.step_flops(config, prefix, n, 4096, bench.TRAIN[train])
     forward, recomputed, tower = expected
     assert model == pytest.approx(forward * decoder + max(1, tower - 1) * 5.65e12, rel=2e-3)
     assert hardware == pytest.approx(recomputed * decoder + tower * 5.65e12, rel=2e-3)

@@ -187,14 +187,14 @@ def test_it_says_that_the_weights_are_lost_and_names_a_missing_film(script, pair
     assert not list(tmp_path.iterdir())
 
 
-def test_the_real_trl_trains_on_the_pairs_and_scores_them_as_we_do(pairs, base, encoder, studies, task, model, tmp_path):
+def test_the_real_trl_trains_on_the_pairs_and_scores_them_as_we_do(pairs, base, processor, studies, task, model, tmp_path):
     """DPOTrainer with its own collator and the real processor class, whose video part alone is missing here (it needs torchvision)."""
     trl, datasets, transformers = (pytest.importorskip(name) for name in ("trl", "datasets", "transformers"))
     rows = datasets.load_dataset("json", data_files=str(pairs[1]), split="train", cache_dir=str(tmp_path / "cache"))
     rows = rows.cast_column("images", datasets.List(datasets.Image()))
     processor = object.__new__(transformers.Qwen2_5_VLProcessor)
-    processor.image_processor, processor.tokenizer, processor.chat_template = encoder.image_processor, encoder.tokenizer, TEMPLATE
-    processor.image_token, processor.image_token_id = "<|image_pad|>", encoder.image_pad
+    processor.image_processor, processor.tokenizer, processor.chat_template = processor.image_processor, processor.tokenizer, TEMPLATE
+    processor.image_token, processor.image_token_id = "<|image_pad|>", processor.image_pad
     processor.video_token, processor.video_token_id = "<|video_pad|>", -1
     settings = trl.DPOConfig(output_dir=str(tmp_path / "run"), per_device_train_batch_size=2, max_steps=1, max_length=None, bf16=False, use_cpu=True,
                              learning_rate=1e-6, logging_steps=1, save_strategy="no", report_to="none", disable_tqdm=True, seed=0)
@@ -215,7 +215,7 @@ def test_the_real_trl_trains_on_the_pairs_and_scores_them_as_we_do(pairs, base, 
     ours = student.load(base)
     for at, (chosen, rejected) in enumerate(keys):
         study = next(s for s in studies if s.id == by_texts[chosen, rejected])
-        example = encoder(study, data.student_prompt(study, task), [chosen, rejected])
+        example = processor(study, data.student_prompt(study, task), [chosen, rejected])
         for row, response in ((at, example["responses"][0]), (len(keys) + at, example["responses"][1])):
             ids = torch.cat([example["prefix_ids"], response])  # the template ends with a newline behind the end token
             assert batch["input_ids"][row][:len(ids)].tolist() == ids.tolist()
@@ -223,8 +223,8 @@ def test_the_real_trl_trains_on_the_pairs_and_scores_them_as_we_do(pairs, base, 
         assert torch.equal(batch["pixel_values"][at * patches:(at + 1) * patches], example["pixel_values"])
     assert trainer.state.global_step == 1
     with torch.no_grad():  # what DPOTrainer logs, with the newline that its template scores as well
-        newline = torch.tensor(encoder.tokens("\n"))
-        packed = [encoder(next(s for s in studies if s.id == by_texts[key]), data.student_prompt(studies[0], task), key) for key in keys]
+        newline = torch.tensor(processor.tokens("\n"))
+        packed = [processor(next(s for s in studies if s.id == by_texts[key]), data.student_prompt(studies[0], task), key) for key in keys]
         for example in packed:
             example["responses"] = [torch.cat([response, newline]) for response in example["responses"]]
         logps = student.PackedStudent(ours)(student.pack(packed, ours))[0]

@@ -166,7 +166,7 @@ def test_the_list_is_there_before_the_films_are_and_is_all_that_has_to_be_fetche
         (mimic.parent / "elsewhere" / film.removeprefix("files/")).rename(mimic / film)
     records, counts = prepare(mimic, *flags)
     assert {r["image"] for r in records.values()} == set(there) - FILMS_OF_PAIRS and counts["films missing, studies left out"] == 0
-    pairs = datasets.rows(mimic.parent / "ms_cxr_t.csv", "subject_id", "study_id", "dicom_id")  # as evaluate.py finds them
+    pairs = datasets.csv_columns(mimic.parent / "ms_cxr_t.csv", "subject_id", "study_id", "dicom_id")  # as evaluate.py finds them
     assert {datasets.mimic_image(mimic, r["dicom_id"], r["subject_id"], r["study_id"]) for _, r in pairs} < set(there)
 
 

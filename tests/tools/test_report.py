@@ -1,4 +1,4 @@
-"""tools/report.py: one self-contained page in which nothing acts and nothing is missing without a word."""
+"""tools/report.py: one self-contained page in which nothing acts, and which names what it lacks."""
 
 import base64
 import io
@@ -22,12 +22,14 @@ import answers  # noqa: E402
 import charts  # noqa: E402
 import report  # noqa: E402
 
-import evaluate  # noqa: E402
+import sampling  # noqa: E402
 
-HOSTILE = ('<script>alert(1)</script>"\'><img src=x onerror=alert(2)> `code` | a & b &lt; </style></title></svg><!-- ]]> '
-           'http://evil.example javascript:x')
-ACCURACY = {"Consolidation": 0.5, "Pleural Effusion": 0.25, "Pneumonia": 0.75, "Pneumothorax": 1.0, "Edema": 0.0}
-SECTIONS = ["rows", "ablation", "teachers", "texts", "agreement", "drift", "ladder", "training", "studies"]
+HOSTILE = ('<script>alert(1)</script>"\'><img src=x onerror=alert(2)> `code` | a & b &lt; '
+           '</style></title></svg><!-- ]]> http://evil.example javascript:x')
+ACCURACY = {"Consolidation": 0.5, "Pleural Effusion": 0.25, "Pneumonia": 0.75, "Pneumothorax": 1.0,
+            "Edema": 0.0}
+SECTIONS = ["rows", "ablation", "teachers", "texts", "agreement", "drift", "ladder", "training",
+            "studies"]
 
 
 def score(**more):
@@ -35,41 +37,83 @@ def score(**more):
 
 
 def write_inputs(folder, world, name="gpt-5", text=None):
-    """Every input, small; `name` is the name of a teacher, of a log, of a student, and `text` is put wherever a model speaks. -> flags."""
+    """Writes every input, small.
+
+    name  of a teacher, of a log and of a student
+    text  is put wherever a model speaks
+    Returns the flags that name the inputs.
+    """
+    dump(folder / "results.json", results_of(name))
+    dump(folder / "teachers.json", teachers_of(name))
+    dump(folder / "drift.json", drift_of(name))
+    dump(folder / "ladder.json", ladder_of(name))
     rng = np.random.default_rng(0)
-    student = {"greedy": score(), "sampled": score(mean=0.4)}
-    dump = lambda file, value: (folder / file).write_text(json.dumps(value), encoding="utf-8")
-    dump("results.json", {"settings": {"split": "test", "student": [name]}, "table": "",
-                          "rows": {"label prior": score(), name: score(), "grok-4": score(), "vote of the teachers": score(),
-                                   "SPD, all teachers": student, f"a {name}": student}})
-    figures = {"precision": 0.7, "recall": 0.6, "f1": 0.65, "similarity": None, "words": 30.5, "refused": 0.01, "accuracy": ACCURACY}
-    wrong = {"observed": 3, "expected": 1.5, "ratio": 2.0, "interval": [1.25, 3.5]}
-    dump("teachers.json", {"teachers": {name: figures, "grok-4": figures}, "kappa": {"names": [name, "grok-4"], "matrix": [[1, -0.2], [-0.2, None]]},
-                           "against": "labels", "similarity": name, "studies": 8, "uncertain": "negative",
-                           "errors": {"names": [name, "grok-4"], "given": [{"given": "finding", "pairs": 9, "phi": [[1, 0.3], [0.3, 1]], "all": wrong,
-                                                                            "most": {**wrong, "ratio": None, "interval": None}}]}})
-    still = {"statistic": [0.5, -0.2, 0.1], "p": 0.7, "alarm": False, "where": None, "id": None, "finding": None}
-    moved = {"statistic": [1.0, 5.0, 2.0], "p": 0.01, "alarm": True, "where": 100, "id": f"s {name}", "finding": "Edema"}
-    dump("drift.json", {"windows": [50, 100, 150], "threshold": 3.5, "alpha": 0.05, "permutations": 99, "studies": 200,
-                        "teachers": {name: still, "grok-4": moved}, "joint": still})
-    cells = [{"row": f"row {name}", "world": name, "seed": seed, "greedy": {"mean": 0.5 + 0.1 * seed}} for seed in range(3)]
-    claim = {"claim": f"{name} helps", "world": name, "mode": "greedy", "mean": 0.125, "low": None, "high": None, "paper": 0.02, "values": [0.125]}
-    dump("ladder.json", {"cells": [*cells, {"row": "label prior", "world": name, "seed": 0, "given": {"mean": 0.4}}], "claims": [claim]})
-    (folder / "log.jsonl").write_text("".join(json.dumps({"step": step, "loss": float(rng.random()), f"loss/{name}": 1.0 / step,
-                                                          "rewards/accuracies": 0.5}) + "\n" for step in range(10, 60, 10)))
+    dump_lines(folder / "log.jsonl", [
+        {"step": step, "loss": float(rng.random()), f"loss/{name}": 1.0 / step,
+         "rewards/accuracies": 0.5} for step in range(10, 60, 10)])
     studies = [json.loads(line) for line in (world / "studies.jsonl").read_text().splitlines()]
     test = [study for study in studies if study["split"] == "test"]
     for study in test:
         study["trajectories"] = {name: text or "edema mild", "grok-4": "no edema"}
         study["labels"] = {**study["labels"], f"f {name}": text or "mild"}
     test[0]["report"] = text or "a report"
-    lines = lambda file, rows: (folder / file).write_text("".join(json.dumps(row) + "\n" for row in rows))
-    lines("studies.jsonl", test)
-    lines("positives.jsonl", [{"id": study["id"], "t_plus": text or "t plus"} for study in test[2:]])
-    lines("answers.jsonl", [{"id": study["id"], "text": text or "an answer"} for study in test[3:]])
-    return [str(folder / "results.json"), "--title", name, *(f"--{key}={folder / key}.json" for key in ("teachers", "drift", "ladder")),
-            f"--log={name.replace('=', ':')}={folder / 'log.jsonl'}", f"--studies={folder / 'studies.jsonl'}", f"--images={world}",
-            f"--positives={folder / 'positives.jsonl'}", f"--answers={name.replace('=', ':')}={folder / 'answers.jsonl'}", "--gallery=3"]
+    dump_lines(folder / "studies.jsonl", test)
+    dump_lines(folder / "positives.jsonl",
+               [{"id": study["id"], "t_plus": text or "t plus"} for study in test[2:]])
+    dump_lines(folder / "answers.jsonl",
+               [{"id": study["id"], "text": text or "an answer"} for study in test[3:]])
+    before_equals = name.replace("=", ":")
+    return [str(folder / "results.json"), "--title", name,
+            *(f"--{key}={folder / key}.json" for key in ("teachers", "drift", "ladder")),
+            f"--log={before_equals}={folder / 'log.jsonl'}",
+            f"--studies={folder / 'studies.jsonl'}", f"--images={world}",
+            f"--positives={folder / 'positives.jsonl'}",
+            f"--answers={before_equals}={folder / 'answers.jsonl'}", "--gallery=3"]
+
+
+def dump(file, value):
+    file.write_text(json.dumps(value), encoding="utf-8")
+
+
+def dump_lines(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def results_of(name):
+    student = {"greedy": score(), "sampled": score(mean=0.4)}
+    rows = {"label prior": score(), name: score(), "grok-4": score(),
+            "vote of the teachers": score(), "SPD, all teachers": student, f"a {name}": student}
+    return {"settings": {"split": "test", "student": [name]}, "table": "", "rows": rows}
+
+
+def teachers_of(name):
+    figures = {"precision": 0.7, "recall": 0.6, "f1": 0.65, "similarity": None, "words": 30.5,
+               "refused": 0.01, "accuracy": ACCURACY}
+    wrong = {"observed": 3, "expected": 1.5, "ratio": 2.0, "interval": [1.25, 3.5]}
+    given = {"given": "finding", "pairs": 9, "phi": [[1, 0.3], [0.3, 1]], "all": wrong,
+             "most": {**wrong, "ratio": None, "interval": None}}
+    return {"teachers": {name: figures, "grok-4": figures},
+            "kappa": {"names": [name, "grok-4"], "matrix": [[1, -0.2], [-0.2, None]]},
+            "against": "labels", "similarity": name, "studies": 8, "uncertain": "negative",
+            "errors": {"names": [name, "grok-4"], "given": [given]}}
+
+
+def drift_of(name):
+    still = {"statistic": [0.5, -0.2, 0.1], "p": 0.7, "alarm": False, "where": None, "id": None,
+             "finding": None}
+    moved = {"statistic": [1.0, 5.0, 2.0], "p": 0.01, "alarm": True, "where": 100,
+             "id": f"s {name}", "finding": "Edema"}
+    return {"windows": [50, 100, 150], "threshold": 3.5, "alpha": 0.05, "permutations": 99,
+            "studies": 200, "teachers": {name: still, "grok-4": moved}, "joint": still}
+
+
+def ladder_of(name):
+    cells = [{"row": f"row {name}", "world": name, "seed": seed,
+              "greedy": {"mean": 0.5 + 0.1 * seed}} for seed in range(3)]
+    cells.append({"row": "label prior", "world": name, "seed": 0, "given": {"mean": 0.4}})
+    claim = {"claim": f"{name} helps", "world": name, "mode": "greedy", "mean": 0.125, "low": None,
+             "high": None, "paper": 0.02, "values": [0.125]}
+    return {"cells": cells, "claims": [claim]}
 
 
 def make(folder, *flags):
@@ -78,7 +122,12 @@ def make(folder, *flags):
 
 
 class Checked(HTMLParser):
-    """Reads a page; `tags` in order, `attributes` of each, `words` outside <style>. Fails at a tag that is not closed where it should be."""
+    """Reads a page; fails at a tag that is not closed where it should be.
+
+    tags        in order
+    attributes  [(tag, key, value)]
+    words       the texts outside <style>
+    """
 
     def __init__(self, page):
         super().__init__(convert_charrefs=True)
@@ -108,6 +157,10 @@ class Checked(HTMLParser):
     def text(self):
         return "\n".join(self.words)
 
+    def values(self, *, key, tag=None):
+        """The values of an attribute, of all tags or of one."""
+        return [value for of, name, value in self.attributes if name == key and tag in (None, of)]
+
 
 @pytest.fixture(scope="module")
 def full(tmp_path_factory, world):
@@ -120,19 +173,23 @@ def full(tmp_path_factory, world):
 def test_every_section_is_there_once_and_linked(full):
     _, _, page, left_out = full
     checked = Checked(page)
-    ids = [value for _, key, value in checked.attributes if key == "id"]
-    assert ids == SECTIONS and left_out == [] and "Left out" not in checked.text()
-    assert [value for tag, key, value in checked.attributes if tag == "a"] == [f"#{name}" for name in SECTIONS]
+    assert checked.values(key="id") == SECTIONS
+    assert left_out == [] and "Left out" not in checked.text()
+    links = [value for tag, _, value in checked.attributes if tag == "a"]
+    assert links == [f"#{name}" for name in SECTIONS]
 
 
 def test_nothing_in_a_name_or_text_can_act(tmp_path, world):
-    harmless = Checked(make(tmp_path, *write_inputs(tmp_path, world, "a name", "a text"))[0])
+    harmless, _ = make(tmp_path, *write_inputs(tmp_path, world, "a name", "a text"))
     hostile, _ = make(tmp_path, *write_inputs(tmp_path, world, HOSTILE, HOSTILE))
-    checked = Checked(hostile)
-    assert checked.tags == harmless.tags                                              # the same page, tag by tag
-    assert [(tag, key) for tag, key, _ in checked.attributes] == [(tag, key) for tag, key, _ in harmless.attributes]
-    assert HOSTILE in checked.text() and "`" not in hostile and "|" not in hostile    # it is shown, and as references only
-    assert "script" not in checked.tags and not any(key.startswith("on") for _, key, _ in checked.attributes)
+    expected, checked = Checked(harmless), Checked(hostile)
+    keys = lambda page: [(tag, key) for tag, key, _ in page.attributes]
+    # the same page, tag by tag
+    assert checked.tags == expected.tags and keys(checked) == keys(expected)
+    # it is shown, and as references only
+    assert HOSTILE in checked.text() and "`" not in hostile and "|" not in hostile
+    assert "script" not in checked.tags
+    assert not any(key.startswith("on") for _, key in keys(checked))
 
 
 def test_characters_that_no_html_may_hold_are_replaced(tmp_path, world):
@@ -157,57 +214,70 @@ def test_nothing_is_fetched(tmp_path, world):
         if key in ("src", "href", "srcset", "data", "action", "xlink:href", "poster"):
             assert value.startswith("data:image/jpeg;base64," if tag == "img" else "#")
         if key in ("style", "fill", "stroke", "d"):
-            assert "url" not in value and ":" not in value.replace("min-width:", "").replace("max-width:", "")
-    assert not {"link", "script", "iframe", "object", "embed", "base", "form", "use", "image"} & set(checked.tags)
+            assert "url" not in value
+            assert ":" not in value.replace("min-width:", "").replace("max-width:", "")
+    fetching = {"link", "script", "iframe", "object", "embed", "base", "form", "use", "image"}
+    assert not fetching & set(checked.tags)
     style = "".join(checked.styles)
-    assert not re.search(r"url\(|@import|//|expression|<", style) and style == (TOOLS / "report.css").read_text()
-    policy = [value for _, key, value in checked.attributes if key == "content" and "default-src" in value]
+    assert not re.search(r"url\(|@import|//|expression|<", style)
+    assert style == (TOOLS / "report.css").read_text()
+    policy = [value for value in checked.values(key="content") if "default-src" in value]
     assert policy == ["default-src 'none'; img-src data:; style-src 'unsafe-inline'"]
 
 
 def test_the_same_inputs_give_the_same_bytes(full, tmp_path):
-    folder, flags, page, _ = full
+    _, flags, page, _ = full
     again, _ = make(tmp_path, *flags)
     assert again == page and [p.name for p in tmp_path.iterdir()] == ["report.html"]
 
 
 def test_what_was_not_given_is_named_with_the_command_that_makes_it(full, tmp_path):
-    folder, flags, _, _ = full
-    page, left_out = make(tmp_path, flags[0])
+    _, (results, *flags), _, _ = full
+    page, left_out = make(tmp_path, results)
     checked = Checked(page)
-    assert [value for _, key, value in checked.attributes if key == "id"] == [*SECTIONS, "left-out"]
-    for command in ("evaluate.py teachers --output", "tools/drift.py", "python -m experiment ladder", "--log", "--studies"):
+    assert checked.values(key="id") == [*SECTIONS, "left-out"]
+    for command in ("evaluate.py teachers --output", "tools/drift.py",
+                    "python -m experiment ladder", "--log", "--studies"):
         assert any(command in sentence for sentence in left_out) and command in checked.text()
-    _, left_out = make(tmp_path, flags[0], *(flag for flag in flags if flag.startswith(("--studies", "--images"))))
-    assert any("selfdistill.py --split test" in s for s in left_out) and any("--answers" in s for s in left_out)
+    of_gallery = [flag for flag in flags if flag.startswith(("--studies", "--images"))]
+    _, left_out = make(tmp_path, results, *of_gallery)
+    assert any("selfdistill.py --split test" in sentence for sentence in left_out)
+    assert any("--answers" in sentence for sentence in left_out)
 
 
-def test_bars_are_as_long_as_the_figures_and_stand_beside_the_papers():
-    drawn = Checked(charts.bars("t", [("gpt-5", 0.5, 0.75, None), ("grok-4", None, 1.0, None), ("mine", 0.25, None, (0.125, 0.375))]))
-    widths = [float(value) for tag, key, value in drawn.attributes if tag == "rect" and key == "width"]
-    kinds = [value for tag, key, value in drawn.attributes if tag == "rect" and key == "class"]
+def test_bars_are_as_long_as_the_figures_and_are_beside_the_papers():
+    drawn = Checked(charts.bars("t", [
+        ("gpt-5", 0.5, 0.75, None), ("grok-4", None, 1.0, None),
+        ("mine", 0.25, None, (0.125, 0.375))]))
+    widths = [float(value) for value in drawn.values(tag="rect", key="width")]
     unit = widths[2]
-    assert kinds == ["ours", "paper", "paper", "ours"] and widths == pytest.approx([0.5 * unit, 0.75 * unit, unit, 0.25 * unit], abs=0.01)
+    assert drawn.values(tag="rect", key="class") == ["ours", "paper", "paper", "ours"]
+    assert widths == pytest.approx([0.5 * unit, 0.75 * unit, unit, 0.25 * unit], abs=0.01)
     assert "not run" in drawn.words and "not in the paper" in drawn.words
-    low, high = map(float, re.search(r"M([\d.]+) [\d.]+H([\d.]+)", next(value for _, key, value in drawn.attributes if key == "d")).groups())
+    whisker = re.search(r"M([\d.]+) [\d.]+H([\d.]+)", drawn.values(key="d")[0])
+    low, high = map(float, whisker.groups())
     assert (high - low) == pytest.approx(0.25 * unit, abs=0.1)
 
 
 def panel(page, title):
-    return next(svg for svg in re.findall(r"<svg.*?</svg>", page) if f"<title>{title}</title>" in svg)
+    return next(svg for svg in re.findall(r"<svg.*?</svg>", page)
+                if f"<title>{title}</title>" in svg)
 
 
-def test_tables_2_and_5_stand_beside_ours(full):
-    page = full[2]
+def test_tables_2_and_5_are_beside_ours(full):
+    _, _, page, _ = full
     mean = panel(page, "Table 5: Mean of the five")
-    assert "SPD, one teacher: ours not run, the paper&#x27;s 0.66; SPD, all teachers: ours 0.50, the paper&#x27;s 0.68;" in mean
+    assert "SPD, one teacher: ours not run, the paper&#x27;s 0.66;" in mean
+    assert "SPD, all teachers: ours 0.50, the paper&#x27;s 0.68;" in mean
     assert "GPT-5" not in page  # its row has our name of it
-    assert "gpt-5: ours 0.25, the paper&#x27;s 0.68" in panel(page, "Table 2: Pleural Effusion (PE)")
+    effusion = panel(page, "Table 2: Pleural Effusion (PE)")
+    assert "gpt-5: ours 0.25, the paper&#x27;s 0.68" in effusion
     assert "Moonshot: ours not run, the paper&#x27;s 0.19" in panel(page, "Table 2: Edema (Ede.)")
 
 
 def test_a_mean_needs_all_five(full, tmp_path):
-    results = json.loads(Path(full[1][0]).read_text())
+    folder, _, _, _ = full
+    results = json.loads((folder / "results.json").read_text())
     del results["rows"]["SPD, all teachers"]["greedy"]["accuracy"]["Edema"]
     (tmp_path / "results.json").write_text(json.dumps(results))
     page, _ = make(tmp_path, str(tmp_path / "results.json"))
@@ -216,51 +286,62 @@ def test_a_mean_needs_all_five(full, tmp_path):
 
 
 def test_options_and_intervals_of_evaluate_are_shown(full, tmp_path):
-    results = json.loads(Path(full[1][0]).read_text())
+    folder, _, _, _ = full
+    results = json.loads((folder / "results.json").read_text())
     interval = {**dict.fromkeys(ACCURACY, [0.1, 0.9]), "Edema": None, "mean": [0.4, 0.6]}
-    results["rows"]["SPD, all teachers"] = {"options": score(top1={"value": ACCURACY, "interval": interval})}
+    options = score(top1={"value": ACCURACY, "interval": interval})
+    results["rows"]["SPD, all teachers"] = {"options": options}
     (tmp_path / "results.json").write_text(json.dumps(results))
     page, _ = make(tmp_path, str(tmp_path / "results.json"))
-    whiskers = [panel(page, f"Table 5: {heading}").count('"whisker"') for heading in ("Consolidation (Con.)", "Edema (Ede.)", "Mean of the five")]
-    assert whiskers == [1, 0, 1]
+    whiskers = {heading: panel(page, f"Table 5: {heading}").count('"whisker"')
+                for heading in ("Consolidation (Con.)", "Edema (Ede.)", "Mean of the five")}
+    assert list(whiskers.values()) == [1, 0, 1]
 
 
 def test_the_alarm_is_marked_and_named(full):
-    page = full[2]
+    _, _, page, _ = full
     drawn = panel(page, "Drift, grok-4")
-    assert drawn.count('class="alarm"') == 1 and 'class="threshold"' in drawn and "Drift, gpt-5" not in page
+    assert drawn.count('class="alarm"') == 1 and 'class="threshold"' in drawn
+    assert "Drift, gpt-5" not in page
     assert panel(page, "Drift, all streams").count('class="alarm"') == 1
     words = Checked(page).words
     at = words.index("p, corrected")
-    assert words[words.index("grok-4", at):][:6] == ["grok-4", "yes", "0.0100", "100", "s gpt-5", "Edema"]
+    row = ["grok-4", "yes", "0.0100", "100", "s gpt-5", "Edema"]
+    assert words[words.index("grok-4", at):][:6] == row
 
 
-def test_the_ladder_shows_mean_and_spread(full):
-    drawn = panel(full[2], "Ladder: gpt-5, greedy")
-    assert "row gpt-5 (n = 3): ours 0.60; label prior (n = 1): ours 0.40" in drawn and drawn.count('"whisker"') == 2
-    words = Checked(full[2]).words
-    assert words[words.index("gpt-5 helps"):][:7] == ["gpt-5 helps", "gpt-5", "greedy", "0.125", "\u2013", "\u2013", "0.02"]
+def test_the_ladder_shows_mean_and_range(full):
+    _, _, page, _ = full
+    drawn = panel(page, "Ladder: gpt-5, greedy")
+    assert "row gpt-5 (n = 3): ours 0.60; label prior (n = 1): ours 0.40" in drawn
+    assert drawn.count('"whisker"') == 2
+    words = Checked(page).words
+    row = ["gpt-5 helps", "gpt-5", "greedy", "0.125", "\u2013", "\u2013", "0.02"]
+    assert words[words.index("gpt-5 helps"):][:7] == row
 
 
 def test_dependence_of_errors_is_shown_where_it_was_measured(full, tmp_path):
-    folder, flags, page, _ = full
+    folder, (results, *_), page, _ = full
     words = Checked(page).words
-    assert words[words.index("all wrong, given the finding"):][:5] == ["all wrong, given the finding", "3", "1.5", "2.00", "1.25 to 3.50"]
+    row = ["all wrong, given the finding", "3", "1.5", "2.00", "1.25 to 3.50"]
+    assert words[words.index("all wrong, given the finding"):][:5] == row
     teachers = json.loads((folder / "teachers.json").read_text())
     del teachers["errors"]
     (tmp_path / "teachers.json").write_text(json.dumps(teachers))
-    assert "Correlation of errors" not in make(tmp_path, flags[0], f"--teachers={tmp_path / 'teachers.json'}")[0]
+    page, _ = make(tmp_path, results, f"--teachers={tmp_path / 'teachers.json'}")
+    assert "kappa" in page and "Correlation of errors" not in page
 
 
-def test_kappa_figures_stand_in_the_cells(full):
-    drawn = Checked(panel(full[2], "Agreement between the teachers, Cohen&#x27;s kappa"))
+def test_kappa_figures_are_in_the_cells(full):
+    _, _, page, _ = full
+    drawn = Checked(panel(page, "Agreement between the teachers, Cohen&#x27;s kappa"))
     assert drawn.words.count("\u22120.20") == 2 and "\u2013" in drawn.words
-    assert [value for _, key, value in drawn.attributes if key == "class"].count("negative") == 2
+    assert drawn.values(key="class").count("negative") == 2
 
 
 def test_a_curve_breaks_where_there_is_no_number():
     series = {"a": [(1, 1.0), (2, float("nan")), (3, None), (4, 2.0), (5, 3.0)]}
-    path = next(value for _, key, value in Checked(charts.lines("t", series, {"a": 0})).attributes if key == "d")
+    path, *_ = Checked(charts.lines("t", series, {"a": 0})).values(key="d")
     assert re.sub(r"[\d. ]+", "", path) == "MML"
     assert "No finite value" in charts.lines("t", {"a": [(1, None)]}, {"a": 0})
     assert "log scale" in charts.lines("t", {"a": [(1, 1), (2, 100)]}, {"a": 0})
@@ -273,11 +354,14 @@ def test_ticks_are_few_and_inside(low, width, log):
     high = low * (11 + width) if log else low + width * max(1, abs(low))
     values = charts.ticks(low, high, log)
     assert 1 <= len(values) <= 6 and values == sorted(set(values))
-    assert low - 1e-8 * abs(low) - 1e-6 * (high - low) <= values[0] and values[-1] <= high + 1e-8 * abs(high) + 1e-6 * (high - low)
+    margin = 1e-6 * (high - low)
+    assert low - 1e-8 * abs(low) - margin <= values[0]
+    assert values[-1] <= high + 1e-8 * abs(high) + margin
 
 
 def test_the_gallery_shows_films_and_every_text(full):
-    page, checked = full[2], Checked(full[2])
+    _, _, page, _ = full
+    checked = Checked(page)
     assert page.count("data:image/jpeg;base64,") == 3
     assert [tag for tag in checked.tags if tag == "article"] == ["article"] * 3
     for words in ("3 of 8 studies", "t plus", "an answer", "no edema", "test-00003"):
@@ -286,23 +370,27 @@ def test_the_gallery_shows_films_and_every_text(full):
 
 
 def test_a_film_that_cannot_be_shown_is_named(tmp_path, world):
-    flags = write_inputs(tmp_path, world)
+    results, *_ = write_inputs(tmp_path, world)
     (tmp_path / "broken.png").write_bytes(b"\x89PNG not a picture")
     Image.new("1", (8001, 8000)).save(tmp_path / "large.png")
-    Image.fromarray((np.arange(64 * 64).reshape(64, 64)).astype(np.uint16)).save(tmp_path / "deep.png")
-    rows = [{"id": str(i), "image": image} for i, image in enumerate(["../outside.png", "missing.png", "broken.png", "large.png",
-                                                                         ["deep.png", "deep.png"]])]
-    (tmp_path / "studies.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    page, _ = make(tmp_path, flags[0], f"--studies={tmp_path / 'studies.jsonl'}", f"--images={tmp_path}")
+    deep = np.arange(64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
+    images = ["../outside.png", "missing.png", "broken.png", "large.png", ["deep.png", "deep.png"]]
+    dump_lines(tmp_path / "studies.jsonl",
+               [{"id": str(i), "image": image} for i, image in enumerate(images)])
+    page, _ = make(tmp_path, results, f"--studies={tmp_path / 'studies.jsonl'}",
+                   f"--images={tmp_path}")
     text = Checked(page).text()
     assert "../outside.png: no readable image: lies outside --images" in text
-    assert "large.png: no readable image: 8001 x 8000 pixels, expected at most 64,000,000" in text
+    assert ("large.png: no readable image: 8001 x 8000 pixels, expected at most 64,000,000"
+            in text)
     assert "missing.png: no such file" in text and "broken.png: no readable image" in text
     assert page.count("data:image/jpeg;base64,") == 2
 
 
 def test_a_16_bit_film_keeps_its_range(tmp_path):
-    Image.fromarray(np.linspace(0, 4095, 64 * 64).reshape(64, 64).astype(np.uint16)).save(tmp_path / "deep.png")
+    deep = np.linspace(0, 4095, 64 * 64).reshape(64, 64).astype(np.uint16)
+    Image.fromarray(deep).save(tmp_path / "deep.png")
     content = base64.b64decode(report.film("deep.png", tmp_path).partition(",")[2])
     pixels = np.asarray(Image.open(io.BytesIO(content)))
     assert pixels.min() < 10 and pixels.max() > 245 and 100 < pixels.mean() < 155
@@ -312,15 +400,20 @@ def test_a_16_bit_film_keeps_its_range(tmp_path):
     ("results.json", "{", "results.json: not a JSON file"),
     ("teachers.json", "{}", "teachers.json: expected"),
     ("results.json", '{"rows": {"a": {"accuracy": 1}}}', "results.json: expected"),
-    ("teachers.json", '{"teachers": {}, "kappa": {"names": ["a"], "matrix": [[1, 2]]}}', "teachers.json: expected"),
-    ("drift.json", '{"windows": [1, 2], "teachers": {"a": {"statistic": [1]}}}', "drift.json: expected"),
+    ("teachers.json", '{"teachers": {}, "kappa": {"names": ["a"], "matrix": [[1, 2]]}}',
+     "teachers.json: expected"),
+    ("drift.json", '{"windows": [1, 2], "teachers": {"a": {"statistic": [1]}}}',
+     "drift.json: expected"),
     ("ladder.json", '{"cells": [{"seed": 1}]}', "ladder.json: expected"),
     ("log.jsonl", '{"step": 1}\n{"step": 2, "lo\n', "log.jsonl:2: expected"),
     ("log.jsonl", "", "log.jsonl: is empty"),
     ("studies.jsonl", '{"id": "a", "image": "x"}\n{"id": "b"}\n', "studies.jsonl:2: expected"),
-    ("studies.jsonl", '{"id": "a", "image": "x", "split": "train"}\n', "studies.jsonl: no study of split 'test'"),
-    ("positives.jsonl", '{"id": "a", "t_plus": "x"}\n{"id": "a", "t_plus": "y"}\n', "study 'a' comes twice"),
-    ("answers.jsonl", '{"id": "a", "t_plus": "x"}\n', 'answers.jsonl:1: expected {"id": "...", "text": "..."}'),
+    ("studies.jsonl", '{"id": "a", "image": "x", "split": "train"}\n',
+     "studies.jsonl: no study of split 'test'"),
+    ("positives.jsonl", '{"id": "a", "t_plus": "x"}\n{"id": "a", "t_plus": "y"}\n',
+     "study 'a' comes twice"),
+    ("answers.jsonl", '{"id": "a", "t_plus": "x"}\n',
+     'answers.jsonl:1: expected {"id": "...", "text": "..."}'),
 ])
 def test_a_faulty_input_is_named_and_nothing_is_written(tmp_path, world, file, content, expected):
     flags = write_inputs(tmp_path, world)
@@ -334,61 +427,90 @@ def test_a_faulty_input_is_named_and_nothing_is_written(tmp_path, world, file, c
 def places(value, at=()):
     """The path to every value inside a JSON value."""
     yield at
-    for key, inner in value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ():
+    inside = ()
+    if isinstance(value, dict):
+        inside = value.items()
+    elif isinstance(value, list):
+        inside = enumerate(value)
+    for key, inner in inside:
         yield from places(inner, (*at, key))
 
 
 @pytest.mark.parametrize("name", ["results", "teachers", "drift", "ladder"])
-def test_whatever_stands_in_a_file_gives_a_page_or_an_error_that_names_it(tmp_path, world, name):
-    flags, file = write_inputs(tmp_path, world), tmp_path / f"{name}.json"
-    flags = [flags[0]] + [flag for flag in flags if flag == f"--{name}={file}"]
+def test_whatever_is_in_a_file_gives_a_page_or_an_error_that_names_it(tmp_path, world, name):
+    results, *flags = write_inputs(tmp_path, world)
+    file = tmp_path / f"{name}.json"
+    flags = [flag for flag in flags if flag == f"--{name}={file}"]
     good, junk = file.read_text(), [None, "x", -3, [], {}, True, 10 ** 400, 1e308, [1], {"a": 1}]
     for i, at in list(enumerate(places(json.loads(good))))[::3]:
         whole = inner = {"": json.loads(good)}
-        for key in ("", *at)[:-1]:
+        *outer, last = ("", *at)
+        for key in outer:
             inner = inner[key]
-        inner[("", *at)[-1]] = junk[i % len(junk)]
+        inner[last] = junk[i % len(junk)]
         file.write_text(json.dumps(whole[""]))
         try:
-            make(tmp_path, *flags)
+            make(tmp_path, results, *flags)
         except ValueError as error:
             assert f"{name}.json: expected" in str(error)
 
 
 def test_from_the_command_line_without_torch(full, tmp_path):
+    _, (results, *_), _, _ = full
+    page = tmp_path / "page.html"
     check = "import sys, report; report.main(); assert 'torch' not in sys.modules"
-    done = subprocess.run([sys.executable, "-c", check, full[1][0], "--out", str(tmp_path / "page.html")], cwd=TOOLS, capture_output=True, text=True)
-    assert done.returncode == 0 and "left out: Training" in done.stdout and (tmp_path / "page.html").exists(), done.stderr
-    done = subprocess.run([sys.executable, str(TOOLS / "report.py"), "nowhere.json"], capture_output=True, text=True)
-    assert done.returncode == 1 and "nowhere.json" in done.stderr and "Traceback" not in done.stderr
+    done = subprocess.run([sys.executable, "-c", check, results, "--out", str(page)], cwd=TOOLS,
+                          capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "left out: Training" in done.stdout and page.exists()
+    done = subprocess.run([sys.executable, str(TOOLS / "report.py"), "nowhere.json"],
+                          capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "nowhere.json" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_every_drawing_says_what_it_shows(full):
-    page = full[2]
+    _, _, page, _ = full
+    said = re.compile(r'role="img"( style="[^"]*")?><title>[^<]+</title><desc>[^<]+</desc>')
     for svg in re.findall(r"<svg.*?</svg>", page):
-        assert 'aria-hidden="true"' in svg or re.search(r'role="img"><title>[^<]+</title><desc>[^<]+</desc>|role="img" style="[^"]*"><title>', svg)
+        assert 'aria-hidden="true"' in svg or said.search(svg)
     assert all(f'alt="film of study test-{i:05d}"' in page for i in (3, 4, 5))
 
 
-def test_answers_are_those_of_evaluate(base, world, task, studies, model, encoder, tmp_path):
-    flags = [f"--student={base}", f"--studies={world / 'studies.jsonl'}", f"--images={world}", f"--task_file={world / 'task.json'}"]
-    texts = answers.run(answers.parse([*flags, "--limit=3", "--max_new_tokens=8", f"--output={tmp_path / 'a.jsonl'}"]))
+def test_answers_are_those_of_evaluate(base, world, task, studies, model, processor, tmp_path):
+    texts = answers.run(answers.parse([
+        f"--student={base}", f"--studies={world / 'studies.jsonl'}", f"--images={world}",
+        f"--task_file={world / 'task.json'}", "--limit=3", "--max_new_tokens=8",
+        f"--output={tmp_path / 'a.jsonl'}"]))
     test = [study for study in studies if study.split == "test"][:3]
-    assert list(texts.values()) == evaluate.answers(model, encoder, test, task, 0.0, max_new_tokens=8)
-    assert report.read_texts(tmp_path / "a.jsonl", "text") == texts and list(texts) == [study.id for study in test]
+    expected = sampling.answers(model, processor, test, task, 0.0, max_new_tokens=8)
+    assert texts == {study.id: text for study, text in zip(test, expected, strict=True)}
+    assert report.read_texts(tmp_path / "a.jsonl", "text") == texts
+
+
+def luminance(rgb):
+    """Of a colour given as six hex digits."""
+    red, green, blue = (int(rgb[i:i + 2], 16) / 255 for i in (0, 2, 4))
+    linear = lambda c: c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
+    return 0.2126 * linear(red) + 0.7152 * linear(green) + 0.0722 * linear(blue)
+
+
+def contrast(a, b):
+    darker, lighter = sorted([luminance(a), luminance(b)])
+    return (lighter + 0.05) / (darker + 0.05)
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_colours_have_contrast(scheme):
     """WCAG 2.2: text 4.5, graphics 3, against page and card."""
     style = (TOOLS / "report.css").read_text()
-    light, dark = [dict(re.findall(r"--([\w-]+): #(\w{6})", block)) for block in re.findall(r":root \{(.*?)\}", style, re.DOTALL)]
+    light, dark = [dict(re.findall(r"--([\w-]+): #(\w{6})", block))
+                   for block in re.findall(r":root \{(.*?)\}", style, re.DOTALL)]
     colour = light if scheme == "light" else {**light, **dark}
-    linear = lambda c: c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4
-    luminance = lambda rgb: sum(w * linear(int(rgb[i:i + 2], 16) / 255) for w, i in ((0.2126, 0), (0.7152, 2), (0.0722, 4)))
-    contrast = lambda a, b: (max(luminance(a), luminance(b)) + 0.05) / (min(luminance(a), luminance(b)) + 0.05)
     for behind in ("back", "card"):
-        assert min(contrast(colour[name], colour[behind]) for name in ("text", "muted", "ours")) >= 4.5
-        assert min(contrast(colour[name], colour[behind]) for name in ("alarm", *(f"s{i}" for i in range(1, 8)))) >= 3
+        for name in ("text", "muted", "ours"):
+            assert contrast(colour[name], colour[behind]) >= 4.5
+        for name in ("alarm", *(f"s{i}" for i in range(1, 8))):
+            assert contrast(colour[name], colour[behind]) >= 3
     assert contrast(colour["on-deep"], colour["ours"]) >= 4.5
     assert set(dark) == set(light)
