@@ -158,9 +158,26 @@ def atomic(path):
         fsync(path.parent)
     except BaseException as error:
         remove(temporary)
-        if isinstance(error, (OSError, SafetensorError)):
-            raise OSError(f"{path} could not be written: {error}") from None
+        if is_of_writing(error, temporary):
+            raise WriteError(f"{path} could not be written: {error}") from None
         raise
+
+
+class WriteError(OSError):
+    """Something could not be written, as on a full disk; its text says what."""
+
+
+def is_of_writing(error, temporary):
+    """Whether an error inside `atomic` is of what is written, and not of a file that is read.
+
+    An OSError names the file that could not be opened; where writing to an open file fails, it
+    names none. safetensors has its own error.
+    """
+    if isinstance(error, WriteError):
+        return False
+    if not isinstance(error, OSError):
+        return isinstance(error, SafetensorError)
+    return error.filename is None or Path(error.filename).is_relative_to(temporary)
 
 
 def temporary_of(path):

@@ -126,7 +126,8 @@ def columns(studies, names, task, on, num_workers=0):
     read = teachers.readings(studies, names, task, num_workers).values()
     out = {}
     for finding in task.findings:
-        said = [[reading and reading.get(finding) for reading in row] for row in read]
+        said = [[None if reading is None else reading.get(finding) for reading in row]
+                for row in read]
         given = np.array([[reading is not None for reading in row] for row in read])
         if on == "errors":
             truth = [study.labels.get(finding) for study in studies]
@@ -268,6 +269,7 @@ def joint_features(x, names):
                   for u in range(len(names)) for v in range(u + 1, len(names))}
 
     def groups_of(part):
+        """A pair of teachers counts for the finding and for both of them."""
         finding, first, second = part
         return [(finding, "all pairs"), (first, "with the others"), (second, "with the others")]
 
@@ -382,8 +384,8 @@ def detect(x, names, step=None, window=None, permutations=500, alpha=0.05, seed=
     if len(names) > 1:
         features[None] = joint_features(x, names)
     with tqdm(total=len(features) * (1 + permutations), desc="orders", disable=quiet) as progress:
-        z = {name: statistics(*of_stream, edges, places, permutations, seed, progress)
-             for name, of_stream in features.items()}
+        z = {name: statistics(own, groups, edges, places, permutations, seed, progress)
+             for name, (own, groups) in features.items()}
     # over all positions, groups and teachers, of each order
     largest = np.max([statistic.max((1, 2)) for statistic in z.values()], 0)
     positions = [int(edges[middle]) for _, middle, _ in places]

@@ -880,7 +880,7 @@ for what, flags, says in (
 
 CHECK = "tools/check.py studies.jsonl --task_file task.json --out good.jsonl"
 add("tools/check.py", CHECK, {
-    "no file": ({"studies.jsonl": None}, "...[Errno 2] No such file or directory: 'studies.jsonl'"),
+    "no file": ({"studies.jsonl": None}, "[Errno 2] No such file or directory: 'studies.jsonl'"),
     "no record": (
         {"studies.jsonl": "\n\n"}, "studies.jsonl: no record, expected one JSON object a line"),
     "a task file": ({"task.json": "[]"}, "task.json: expected a JSON object"),
