@@ -410,12 +410,12 @@ def keep_teachers(studies, chosen=None):
 def student_prompt(study, task, kind="student"):
     """The prompt l of a study.
 
-    study  the Study; its own prompt, where it has one, is returned as it is
+    study  the Study; its own prompt takes the place of the task's 'student'
     task   the Task
     kind   'student' names no diagnosis; 'teacher' is Appendix B's, in which {diseases} becomes the
            study's positive labels, joined by ' and '
     """
-    if study.prompt is not None:
+    if kind == "student" and study.prompt is not None:
         return study.prompt
     positive = [finding for finding in task.findings
                 if study.labels.get(finding) in task.positive]

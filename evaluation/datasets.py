@@ -59,7 +59,7 @@ def with_images(benchmark):
     there, seen = [], set()
     for study in benchmark.studies:
         if study.id in seen:
-            raise ValueError(f"{benchmark.name}: {printable(study.id)} stands there twice, "
+            raise ValueError(f"{benchmark.name}: {printable(study.id)} is there twice, "
                              "expected it once")
         seen.add(study.id)
         try:
@@ -327,7 +327,7 @@ def progression(path, images):
                 raise ValueError(f"{where}: {course!r}, expected {', '.join(PROGRESSION.classes)} "
                                  "or nothing")
         if films in seen:
-            raise ValueError(f"{where}: the pair {printable(' '.join(films))} stands there twice, "
+            raise ValueError(f"{where}: the pair {printable(' '.join(films))} is there twice, "
                              "expected it once")
         seen.add(films)
         if labels:

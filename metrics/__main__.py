@@ -51,7 +51,7 @@ def unique(pairs):
     if len(items) < len(pairs):
         counts = Counter(key for key, _ in pairs)
         twice = next(key for key, count in counts.items() if count > 1)
-        raise ValueError(f"the id {twice!r} stands there twice")
+        raise ValueError(f"the id {twice!r} is there twice")
     return items
 
 

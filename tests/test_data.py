@@ -700,3 +700,10 @@ def test_lengths_refuse_a_bad_image_as_loading_it_does(tmp_path, processor, monk
     with pytest.raises(ValueError) as caught:
         processor.lengths(study(), "describe", [])
     assert str(tmp_path / "x.png") in str(caught.value) and message in str(caught.value)
+
+
+def test_a_study_is_asked_its_own_prompt_in_the_place_of_the_students(task):
+    study = data.Study("a", (), {"Edema": "mild"}, {}, prompt="what do most of them say")
+    assert data.student_prompt(study, task) == "what do most of them say"
+    teachers = data.student_prompt(study, task, "teacher")
+    assert teachers == task.prompts["teacher"].replace("{diseases}", "Edema")

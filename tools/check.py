@@ -152,7 +152,8 @@ class Check:
             id=name,
             images=tuple(image if isinstance(image, list) else [image]),
             labels={} if "label" in kinds else record.get("labels", {}),
-            trajectories={} if "trajectory" in kinds else record.get("trajectories", {}))
+            trajectories={} if "trajectory" in kinds else record.get("trajectories", {}),
+            prompt=record.get("prompt"))
         of_images = [] if self.args.skip_images else self.images(study)
         found += of_images + self.texts(study)
         tokens = {}

@@ -254,7 +254,7 @@ def second_row_faults(known, record, long, into):
     """
     name = record["id"]
     if not long:
-        return [f'"id": {name!r} stands there twice, expected one row a study']
+        return [f'"id": {name!r} is there twice, expected one row a study']
     if set(known["trajectories"]) & set(record["trajectories"]):
         teachers = ", ".join(record["trajectories"])
         return [f"a second text of {teachers} for study {name!r}, expected one"]

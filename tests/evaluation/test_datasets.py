@@ -114,7 +114,7 @@ def test_a_study_without_labels_and_a_film_that_is_not_there_are_named(tmp_path)
      r"ms.csv:1: expected one column 'edema_progression', found subject_id, "),
     (("previous_dicom_id", "dicom_id"), r"ms.csv:1: expected one column 'dicom_id'"),
     (("50000003,p10/p10002428/s50000003/33334444-e", "50000001,p10/p10002428/s50000001/11112222-b"),
-     r"ms.csv:4: the pair .* stands there twice")])
+     r"ms.csv:4: the pair .* is there twice")])
 def test_a_malformed_ms_cxr_t_names_file_and_line(tmp_path, change, message):
     write_ms_cxr_t(tmp_path)
     path = tmp_path / "ms.csv"
@@ -423,5 +423,5 @@ def test_an_image_that_is_no_image_is_missing_and_a_study_there_twice_is_an_erro
     assert [study.id for study in datasets.with_images(bench).studies] == ["a"]
     assert "b.png: not a readable image" in bench.missing[0]
     bench.studies *= 2
-    with pytest.raises(ValueError, match="a stands there twice"):
+    with pytest.raises(ValueError, match="a is there twice"):
         datasets.with_images(bench)

@@ -146,7 +146,7 @@ def test_bad_input_is_named(copied, tmp_path, hypotheses, references, message):
 @pytest.mark.parametrize("content, message", [
     (b'{"a": ["x"],}', "not JSON of the form {id: [texts]}: "),
     (b'[["x"]]', "not JSON of the form {id: [texts]}"),
-    (b'{"a": ["x"], "a": ["y"]}', "the id 'a' stands there twice"),
+    (b'{"a": ["x"], "a": ["y"]}', "the id 'a' is there twice"),
     (b"[" * 100_000, "not JSON of the form {id: [texts]}: "),
 ])
 def test_bad_json_is_named(copied, tmp_path, content, message):

@@ -34,7 +34,6 @@ def lines(folder):
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-@pytest.fixture
 def own(name, world, positives):
     """The input that only this stage has."""
     return ["--replay", world / "replay.jsonl"] if name == "spd.py" else ["--positives", positives]

@@ -445,7 +445,7 @@ def test_datasets(dataset):
     @given(content=mutated(valid))
     def run(content):
         holds(place / file, content, lambda: datasets.with_images(read(place)), shape_of_benchmark,
-              rf"{re.escape(str(place / file))}(:\d+|: \w*\[\d+\])?: |stands there twice" + (
+              rf"{re.escape(str(place / file))}(:\d+|: \w*\[\d+\])?: |is there twice" + (
                   "|no study of split" if "list" in file else ""))
 
     run()
@@ -457,7 +457,7 @@ PINNED = {
         "MS-CXR-T",
         lambda c: (lambda line: c + line + line)(
             c.split(b"\n")[1].replace(b"3bea", b"\0bea") + b"\n"),
-        r"ms.csv:6: the pair .*\\x00bea0373-a.jpg stands there twice"),
+        r"ms.csv:6: the pair .*\\x00bea0373-a.jpg is there twice"),
     "CSV, no UTF-8": (
         "CheXpert, images", lambda c: c.replace(b"Male", b"M\xe4le", 1),
         r"valid.csv:2: no line of a CSV file in UTF-8"),

@@ -665,7 +665,7 @@ add("evaluate.py progression", PROGRESSION, {
     "a pair twice": (
         ms_cxr_t("50000003,p10/p10002428/s50000003/33334444-e",
                  "50000001,p10/p10002428/s50000001/11112222-b"),
-        "in/ms.csv:4: the pair ... stands there twice, expected it once"),
+        "in/ms.csv:4: the pair ... is there twice, expected it once"),
     "no file": ("--ms_cxr_t none.csv", {}, "[Errno 2] No such file or directory: 'none.csv'"),
     "a csv in Latin-1": (
         {**MS, "in/ms.csv": dataset_files.MS_HEAD.encode() + b"\n\xe9,2\n"},
@@ -764,7 +764,7 @@ add("evaluate.py reports --annotation", ANNOTATED, {
         '...]}'),
     "a study twice": (
         bench(dataset_files.write_annotation, ("annotation.json", edit('"dicom-1"', '"dicom-0"'))),
-        "MIMIC-CXR reports, annotation.json: dicom-0 stands there twice, expected it once"),
+        "MIMIC-CXR reports, annotation.json: dicom-0 is there twice, expected it once"),
 })
 MIMIC = bench(dataset_files.write_mimic_reports)
 add("evaluate.py reports --reports", f"evaluate.py reports --reports in/reports {IN}", {
@@ -969,7 +969,7 @@ add("tools/convert.py studies", f"tools/convert.py studies rows.jsonl {MAPPED}",
         '...\n... and 30 more'),
     "an id twice": (
         mapping() | {"rows.jsonl": ROWS * 2},
-        "rows.jsonl:2: \"id\": 'a' stands there twice, expected one row a study"),
+        "rows.jsonl:2: \"id\": 'a' is there twice, expected one row a study"),
     "long, a second text": (
         LONG | {"rows.jsonl": [answer(), answer()]},
         "rows.jsonl:2: a second text of u for study 'a', expected one"),
@@ -1209,7 +1209,7 @@ add("metrics", "metrics hyp.json ref.json", {
         "ref.json: empty, expected a text a line, or {id: [texts]} in a .json"),
     "an id twice": (
         PAIR | {"hyp.json": '{"a": ["x"], "a": ["y"]}'},
-        "hyp.json: not JSON of the form {id: [texts]}: the id 'a' stands there twice"),
+        "hyp.json: not JSON of the form {id: [texts]}: the id 'a' is there twice"),
     "no JSON": (PAIR | {"hyp.json": "{"}, "hyp.json: not JSON of the form {id: [texts]}: ..."),
     "a list": (PAIR | {"hyp.json": "[1]"}, "hyp.json: not JSON of the form {id: [texts]}"),
     "other ids": (
