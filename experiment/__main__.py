@@ -19,7 +19,7 @@ from scale_model.world import WORLDS
 COMMANDS = {"ladder": ladder.run, "beta": beta.run}
 HELP = {
     "ladder": "the experiment: every row in both worlds over seeds, to results.json",
-    "beta": "APO at five values of beta on a ladder that stands, to beta.json and beta.svg",
+    "beta": "APO at five values of beta on a finished ladder, to beta.json and beta.svg",
 }
 
 
@@ -45,7 +45,7 @@ def parse(argv=None):
                        help="of each training stage, to try the mechanics (default: all)")
         p.add_argument("--base_steps", type=int,
                        help="of the base that is not taught consensus, to try the mechanics "
-                            "(default: 900)")
+                            "(default: 1100)")
         p.add_argument("--json", action="store_true", help="end with one line of JSON")
     return parser.parse_args(argv)
 

@@ -352,7 +352,7 @@ def make_bases(out, steps=None):
 
 def settings_of(args):
     """What results.json says of itself: settings, versions, commit."""
-    return {"command": f"python demo.py {args.command}", "split": args.split,
+    return {"command": f"python -m experiment {args.command}", "split": args.split,
             "worlds": args.worlds, "seeds": args.seeds, "films": args.films,
             "max_steps": args.max_steps, "after": AFTER, "critique": CRITIQUE,
             "learn": spd.PRESETS["demo"], "apo": apo.PRESETS["demo"],

@@ -92,7 +92,6 @@ BAD_TASKS = {
     "teachers not told the diagnosis": (changed(prompts__teacher="why?"), "{diseases}"),
     "comparing without the readers": (changed(prompts__compare="compare"), "{readers}"),
     "an unknown positive class": (changed(positive=["huge"]), '"positive"'),
-    # not checked by load_task yet:
     "prompts as one string": (changed(prompts="describe"), '"prompts"'),
     "prompts as a list": (changed(prompts=["describe"]), '"prompts"'),
     "positive as a number": (changed(positive=1), '"positive"'),
