@@ -175,11 +175,16 @@ def test_one_command_walks_all_stages_and_goes_on_after_a_kill_in_each(chain, sc
     assert results["rows"] == expected["rows"]
 
 
-def test_an_earlier_stage_of_other_settings_is_run_first_by_itself(chain, script, leaves, tmp_path):
+def test_an_earlier_stage_of_other_settings_is_run_first_by_itself(chain, leaves, tmp_path):
     """Its folder is found finished, whatever its settings; but not if its records are others."""
+    def run(stage, *more, expect=0):
+        with Job(stage, [*own, *more], tmp_path / "out") as job:
+            assert job.wait(120) == [expect], job.text()
+        return job.text()
+
     own = chain(tmp_path / "x")
-    script("spd.py", *own, "--learning_rate", "1e-3", "--max_steps", 1)
-    out = script("apo.py", *own).stdout
+    run("spd.py", "--learning_rate", "1e-3", "--max_steps", "1")
+    out = run("apo.py")
     assert f"{tmp_path}/x/spd: is taken as it was made, with other settings:" in out
     assert "learning_rate: 0.001 there, 0.002 here" in out and "max_steps: 1 there, 3 here" in out
     assert len((tmp_path / "x" / "spd" / "log.jsonl").read_text().splitlines()) == 1
@@ -187,7 +192,7 @@ def test_an_earlier_stage_of_other_settings_is_run_first_by_itself(chain, script
     lines = (leaves / "studies.jsonl").read_text().splitlines(keepends=True)
     others.write_text("".join(lines[:-1]))
     own[own.index("--studies") + 1] = str(others)
-    assert "studies_sha256" in script("apo.py", *own, expect=1).stdout
+    assert "studies_sha256" in run("apo.py", expect=1)
 
 
 def test_without_labels_elsewhere_the_chain_says_how_to_evaluate(chain, leaves, tmp_path):

@@ -37,27 +37,35 @@ def test_torchrun_walks_learn_compare_critique_measure(script, run_flags, world,
         assert {"args.json", "env.json", "log.jsonl", "speed.jsonl", "finished.json"} <= names
 
 
-def test_without_data_the_scale_model_is_made_and_the_second_call_finds_it_done(script, tmp_path):
-    flags = ["--output_dir", tmp_path / "demo", "--max_steps", 3]
-    first = script("apo.py", *flags, ranks=2).stdout
+SHORT = ["--max_steps", "3", "--save_steps", "2", "--logging_steps", "1"]
+
+
+@pytest.fixture(scope="module")
+def demo(script, tmp_path_factory):
+    """(folder, what was printed) of README's first command, made short."""
+    folder = tmp_path_factory.mktemp("demo") / "demo"
+    return folder, script("apo.py", *SHORT, "--output_dir", folder, ranks=2).stdout
+
+
+def test_without_data_the_scale_model_is_made_and_the_second_call_finds_it_done(demo, tmp_path):
+    folder, first = demo
     assert "no --studies: the scale model" in first and "one seed, not a result" in first
     assert "paper: SPD, all teachers + APO" in first
-    results = (tmp_path / "demo" / "results.json").read_bytes()
-    again = script("apo.py", *flags, ranks=1).stdout
+    results = (folder / "results.json").read_bytes()
+    with Job("apo.py", [*SHORT, "--output_dir", str(folder)], tmp_path / "out") as job:
+        assert job.wait(100) == [0], job.text()
+    again = job.text()
     assert "learn: " in again and again.count("is finished") == 3
     assert "holds these results already" in again
-    assert (tmp_path / "demo" / "results.json").read_bytes() == results
+    assert (folder / "results.json").read_bytes() == results
 
 
-def test_the_scale_model_goes_on_after_a_kill_in_any_stage(tmp_path):
-    flags = ["--max_steps", "3", "--save_steps", "2", "--logging_steps", "1", "--output_dir"]
-    kills = ["kill:step=3", "kill_batch:batch=2", "kill:step=3", "none"]
-    for name, faults in (("whole", ["none"]), ("cut", kills)):
-        for fault in faults:
-            with Job("apo.py", [*flags, str(tmp_path / name)], tmp_path / "out", 1, fault) as job:
-                assert job.wait(200) == [0 if fault == "none" else -9], job.text()
+def test_the_scale_model_goes_on_after_a_kill_in_any_stage(demo, tmp_path):
+    flags = [*SHORT, "--output_dir", str(tmp_path / "cut")]
+    for fault in ("kill:step=3", "kill_batch:batch=2", "kill:step=3", "none"):
+        with Job("apo.py", flags, tmp_path / "out", 2, fault) as job:
+            assert job.wait(200) == ([0, 0] if fault == "none" else [-9, 1]), job.text()
     for file in ("world/studies.jsonl", "spd/log.jsonl", "spd/student/model.safetensors",
                  "selfdistill/positives.jsonl", "apo/log.jsonl", "apo/student/model.safetensors"):
-        whole, cut = (tmp_path / name / file for name in ("whole", "cut"))
-        assert whole.read_bytes() == cut.read_bytes(), file
+        assert (demo[0] / file).read_bytes() == (tmp_path / "cut" / file).read_bytes(), file
     assert "paper: SPD, all teachers + APO" in job.text()
