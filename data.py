@@ -18,6 +18,7 @@ In the paper's letters: v = image, l = prompt, t^u = trajectories[u], T = all of
 
 import contextlib
 import random
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from tqdm import tqdm
 
 from metrics.findings import is_refusal as is_chest_refusal
 from metrics.findings import read_findings
-from metrics.phrases import compile_phrases, read_phrases
+from metrics.phrases import Phrases
 from runtime.records import is_name, read_json, read_jsonl
 
 # A film has about 10 million pixels. Pillow itself only warns of an image that has far too many.
@@ -49,7 +50,7 @@ class Task:
     prompts   {kind: text}: system, student, teacher with {diseases}, compare with {readers}; for
               the evaluation also question with {finding}, and report
     refusals  phrases by which a teacher declines to answer
-    phrases   what metrics.phrases compiled; None: metrics/findings.py reads the texts
+    phrases   the compiled phrases of a task.json; None: metrics/findings.py reads the texts
     """
     name: str
     findings: tuple
@@ -57,7 +58,7 @@ class Task:
     positive: tuple
     prompts: dict
     refusals: tuple = ()
-    phrases: tuple = field(default=None, repr=False)
+    phrases: Phrases = field(default=None, repr=False)
 
 
 CHEST = Task(
@@ -118,10 +119,10 @@ def make_task(spec, path):
     Raises ValueError as `load_task` does.
     """
     task_faults(spec, path)
-    compiled = compile_phrases(spec["findings"], spec["classes"])
+    phrases = Phrases(spec["findings"], spec["classes"], spec.get("positive", ()))
     return Task(spec.get("name", Path(path).stem), tuple(spec["findings"]), tuple(spec["classes"]),
                 tuple(spec.get("positive", ())), {"system": "", **spec["prompts"]},
-                tuple(spec.get("refusals", ())), tuple(compiled))
+                tuple(spec.get("refusals", ())), phrases)
 
 
 def task_faults(spec, path):
@@ -168,22 +169,60 @@ def is_word_list(value):
 
 # ------------------------------------------------------------------------- what a teacher said
 
-def read_classes(text, task):
-    """What a text says about each finding. Votes, scores and filters all read texts with it.
+# What a model thinks before it answers, from the first mark to the second.
+THINKING = (("<think>", "</think>"), ("<thinking>", "</thinking>"), ("<thought>", "</thought>"),
+            ("<reasoning>", "</reasoning>"), ("<seed:think>", "</seed:think>"),
+            ("◁think▷", "◁/think▷"), ("[THINK]", "[/THINK]"), ("<unused94>", "<unused95>"),
+            ("<|channel|>analysis<|message|>", "<|end|>"))
+# Marks around the answer itself, which stays.
+ANSWER_MARKS = re.compile(
+    r"<\|(?:begin|end)_of_box\|>|</?answer>"
+    r"|(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>|<\|return\|>", re.IGNORECASE)
+_OPENED, _CLOSED = ("|".join(map(re.escape, marks)) for marks in zip(*THINKING))
+_THOUGHT = re.compile(rf"(?:{_OPENED})(?:(?!{_OPENED}).)*?(?:{_CLOSED})", re.DOTALL | re.IGNORECASE)
+_LONE_END = re.compile(rf"^.*(?:{_CLOSED})", re.DOTALL | re.IGNORECASE)
+_LONE_START = re.compile(rf"(?:{_OPENED}).*", re.DOTALL | re.IGNORECASE)
+
+
+def answer_of(text):
+    """A model's answer without its thinking.
+
+    text  as a model wrote it: what stands between <think> and </think>, before a lone </think> and
+          behind a lone <think> is left out, and so are the marks around an answer
+    Returns the answer without blanks around it, "" where there was only thinking; a text without
+    such marks is returned as it is.
+    """
+    if not re.search(r"[<[◁]", text):
+        return text
+    answer = _LONE_START.sub("", _LONE_END.sub("", _THOUGHT.sub("", text)))
+    answer = ANSWER_MARKS.sub("", answer)
+    return text if answer == text else answer.strip()
+
+
+def read_with_words(text, task):
+    """What a text says about each finding, and where.
 
     text  a teacher's or a student's text
     task  the Task: of several mentions of a finding the built-in task takes positive before
           uncertain before negative, a task.json takes the earliest
-    Returns {finding: class}; a finding that cannot be read is missing.
+    Returns {finding: (class, the sentence, line or clause that decided)}; a finding that cannot be
+    read is missing.
     """
-    if task.phrases is None:
-        return {finding: reading.value for finding, reading in read_findings(text).items()}
-    read = read_phrases(text, task.phrases)
-    return {finding: read[finding] for finding in task.findings if finding in read}
+    read = (read_findings if task.phrases is None else task.phrases.read)(answer_of(text))
+    return {finding: tuple(read[finding]) for finding in task.findings if finding in read}
+
+
+def read_classes(text, task):
+    """{finding: class} of `read_with_words`. Votes, scores and filters all read texts with it."""
+    return {finding: value for finding, (value, _) in read_with_words(text, task).items()}
 
 
 def is_refusal(text, task):
-    """Whether a text has a refusing phrase and says nothing about a finding in this image."""
+    """Whether a text is empty without its thinking, or has a refusing phrase and says nothing about
+    a finding in this image."""
+    text = answer_of(text)
+    if not text.strip():
+        return True
     if task.phrases is None:
         return is_chest_refusal(text)
     declines = any(phrase.lower() in text.lower() for phrase in task.refusals)
@@ -301,13 +340,17 @@ def read_studies(path, task, split=None):
 
 
 def make_study(record):
-    """The Study of a record in which `record_faults` finds nothing."""
+    """The Study of a record in which `record_faults` finds nothing.
+
+    Its trajectories are the teachers' answers without what they thought before.
+    """
     image = record["image"]
     return Study(
         id=record["id"],
         images=tuple(image if isinstance(image, list) else [image]),
         labels=record.get("labels", {}),
-        trajectories=record.get("trajectories", {}),
+        trajectories={name: answer_of(text)
+                      for name, text in record.get("trajectories", {}).items()},
         report=record.get("report"),
         split=record.get("split"),
         t_plus=record.get("t_plus"),
@@ -329,7 +372,7 @@ def read_positives(path, studies):
             raise ValueError(f'{path}:{line}: expected {{"id": "...", "t_plus": "..."}}')
         if record["id"] in texts:
             raise ValueError(f"{path}:{line}: a second t+ for study {record['id']!r}, expected one")
-        texts[record["id"]] = record["t_plus"]
+        texts[record["id"]] = answer_of(record["t_plus"])
     for study in studies:
         study.t_plus = texts.get(study.id)
     chosen = [study for study in studies if study.t_plus]
@@ -346,7 +389,8 @@ def training_studies(path, task, split=None, teachers=None, refusals="drop", pos
     task       the Task
     split      which of its studies; None: all
     teachers   'NAME,...': only these; None: all
-    refusals   'drop' leaves out trajectories that decline to answer, 'keep' keeps them
+    refusals   'drop' leaves out trajectories that decline to answer, 'keep' keeps them but for
+               those that were nothing but thinking
     positives  positives.jsonl whose t+ each study must have; None: t+ is not needed
     Returns (studies with at least one trajectory, the teachers' names in their fixed order, how
     many refusals were dropped). Raises ValueError as the readers do, and where no study has
@@ -355,27 +399,27 @@ def training_studies(path, task, split=None, teachers=None, refusals="drop", pos
     studies = read_studies(path, task, split)
     if positives:
         studies = read_positives(positives, studies)
-    names, dropped = keep_teachers(studies, teachers), 0
-    if refusals == "drop":
-        studies, dropped = drop_refusals(studies, task)
-    studies = [study for study in studies if study.trajectories]
+    names = keep_teachers(studies, teachers)
+    declines = is_refusal if refusals == "drop" else lambda text, _: not text.strip()
+    studies, dropped = drop_refusals(studies, task, declines)
     if not studies:
         raise ValueError(f"{path}: no study has trajectories, expected the teachers' texts")
     return studies, names, dropped
 
 
-def drop_refusals(studies, task):
+def drop_refusals(studies, task, declines=is_refusal):
     """Removes the trajectories that decline to answer, and then the studies that have none left.
 
-    studies  [Study], whose trajectories are changed
-    task     the Task, which knows what a refusal is
+    studies   [Study], whose trajectories are changed
+    task      the Task, which knows what a refusal is
+    declines  declines(text, task) says whether a text does
     Returns (studies, how many trajectories were removed).
     """
     dropped = 0
     # Every text is read, which takes a while; disable=None shows no bar outside a terminal.
     for study in tqdm(studies, desc="refusals", disable=None):
         kept = {name: text for name, text in study.trajectories.items()
-                if not is_refusal(text, task)}
+                if not declines(text, task)}
         dropped += len(study.trajectories) - len(kept)
         study.trajectories = kept
     return [study for study in studies if study.trajectories], dropped

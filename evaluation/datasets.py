@@ -221,16 +221,27 @@ MS_CXR_T = {
 _COURSE = {
     "improving": "improving improved improvement better decreased decreasing decrease smaller "
                  "resolved resolving resolution cleared clearing",
-    "stable": "stable unchanged persistent similar constant",
+    "stable": "stable unchanged unaltered persistent persists persisting similar constant",
     "worsening": "worsening worsened worse increased increasing increase larger enlarged enlarging "
                  "progressed progressing",
 }
 
 
-def _phrases(words):
-    """The phrases of a class: a word behind or before the finding, up to four words (*) between."""
-    return [phrase for word in words.split()
-            for phrase in (f"{{finding}} * {word}", f"{word} * {{finding}}")]
+# denied, they say that the finding is as it was: "no significant change", "has not improved"
+_CHANGE = ("change changed improvement improved improving worsening worsened worse increase "
+           "increased decrease decreased progressed progression resolved cleared larger smaller")
+
+
+def _phrases(course):
+    """The phrases of a course: a word behind the finding, or before it as in "decrease in the size
+    of the left effusion", and what is said where a change is denied."""
+    phrases = [phrase for word in _COURSE[course].split()
+               for phrase in (f"{{finding}} * {word}", f"{word} * * {{finding}}")]
+    if course == "stable":
+        phrases += [phrase for word in _CHANGE.split()
+                    for phrase in (f"no * {word} * {{finding}}", f"{{finding}} * no * {word}",
+                                   f"{{finding}} * not * {word}")]
+    return phrases
 
 
 _TWO_FILMS = ("The first chest X-ray is the patient's earlier film, the second is the current one. "
@@ -244,7 +255,7 @@ PROGRESSION = data.make_task({
         "Pleural Effusion": ["pleural effusion", "pleural effusions", "effusion", "effusions"],
         "Pneumothorax": ["pneumothorax", "pneumothoraces"],
     },
-    "classes": {course: _phrases(words) for course, words in _COURSE.items()},
+    "classes": {course: _phrases(course) for course in _COURSE},
     "prompts": {
         "system": data.CHEST.prompts["system"],
         "student": f"{_TWO_FILMS} is each of consolidation, pleural effusion, pneumonia, "

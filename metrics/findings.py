@@ -133,6 +133,20 @@ _CLAUSE_START = re.compile(rf"(?:,? and)? (?:{vocabulary.CLAUSE_STARTS})\b")
 # "no pneumothorax, | and pneumonia cannot be excluded"
 _OWN_DOUBT = re.compile(
     r"(?:,? and)? (?:[^\s,]+ ){1,5}(?:can)?not (?:\w+ ){0,3}(?:excluded|ruled out)")
+# "no pneumothorax and | effusions have developed", "... and | atelectasis persists"
+_OWN_VERB = re.compile(
+    r"(?:,? and)? (?:[^\s,]+ ){1,5}(?:(?:has|have|had) (?!not)"
+    r"|(?:persist|remain|worsen|increas|develop|appear)(?:s|ed)?\b)")
+# "no pneumothorax, and | a nodule is seen"; but "no pneumothorax, nodule, and mass is seen"
+_IS_THERE = re.compile(r"(?:,? and)? (?:[^\s,]+ ){1,5}(?:is|are|was|were) (?!not|no\b|absent|ruled)")
+# "no consolidation and | a moderate effusion"; but "without a mass and a nodule" denies both
+_OWN_ARTICLE = re.compile(r"(?:,? and)? (?:a|an|one|two|several) ")
+_ARTICLE = re.compile(r"\b(?:a|an|any)\b")
+_COPULA = re.compile(r"\b(?:is|are|was|were)\b")
+# "enlarged and | stable", which is one status
+_STILL = re.compile(r" (?:stable|unchanged|unaltered|similar)\b")
+_WORD = re.compile(r"[^\W\d_]+")
+_LATIN = re.compile(r"[a-zà-ÿ]")
 _SIDE = re.compile(r"\b(?:left|right)\b")
 _SIDE_END = re.compile(r"[,;]| but | while ")
 # a probability is no answer
@@ -155,26 +169,54 @@ _JOINING = ("and", "or", ",", "(", ")", "abnormal", "?")  # in a piece that only
 
 def _events(text):
     """The mentions and cues of a normalised piece, left to right, with their directions."""
-    events, negated = [], False
+    events, negated = [], None  # where the negation begins that is still at work
     for match in _PHRASE.finditer(text):
         kind, findings = _KINDS[match.lastindex] if match.lastindex else (match[0], ())
         last = events[-1] if events else None
-        if kind in (",", "and") and _begins_clause(text, match.end(), negated):
+        if last and last.kind == "abnormal" and _joins_status(kind, text, match.end()):
+            kind = "nothing"
+        elif kind in (",", "and") and _begins_clause(text, match, negated):
             kind = "break"
         elif kind == "," and last and last.kind == "neg" and last.end == match.start():
             last.kind = "neg<"  # "No, there is ..." is an answer and negates nothing that follows
         elif kind == "?" and match.end() < len(text):
             kind = "unc"
-        negated = kind == "neg" or (negated and kind not in ("break", ";"))
+        if kind == "neg":
+            negated = match.end() if negated is None else negated
+        elif kind in ("break", ";"):
+            negated = None
         if kind != "nothing":
             events.append(_Event(match.start(), match.end(), kind, findings))
     _mark_directions(events)
     return events
 
 
-def _begins_clause(text, end, negated):
-    """Whether a new statement begins behind the comma or "and" that ends at `end`."""
-    return bool(_CLAUSE_START.match(text, end) or (negated and _OWN_DOUBT.match(text, end)))
+def _joins_status(kind, text, end):
+    """Whether a comma, "and" or "but" that ends at `end` joins a status to "stable"."""
+    return kind in (",", "and", "break") and bool(_STILL.match(text, end))
+
+
+def _begins_clause(text, match, negated):
+    """Whether a new statement begins behind a comma or an "and".
+
+    text     of the piece
+    match    of the comma or "and"
+    negated  where the words begin that a negation rules, or None
+    """
+    end = match.end()
+    if _CLAUSE_START.match(text, end):
+        return True
+    if negated is None:
+        return False
+    if _OWN_DOUBT.match(text, end) or _OWN_VERB.match(text, end):
+        return True
+    denied = text[negated:match.start()]
+    # "no pneumothorax is seen and", "no pneumothorax, and"; in "no pneumothorax, nodule, and" a
+    # list goes on
+    whole = _COPULA.search(denied) or (text.startswith(", and", match.start()) and "," not in denied)
+    if whole and _IS_THERE.match(text, end):
+        return True
+    return bool(_OWN_ARTICLE.match(text, end) and not _ARTICLE.search(denied))
 
 
 def _mark_directions(events):
@@ -294,16 +336,38 @@ def _mark_contrasts(events):
 
 
 def _mark_alternatives(events):
-    """Mentions joined by "or", "versus" are uncertain unless something else is said of them."""
-    for left, middle, right in zip(events, events[1:], events[2:] + events[:1]):
+    """Mentions joined by "or", "versus" are uncertain unless something else is said of them.
+
+    "A, B, or C" joins all three, but of "opacity, atelectasis or pneumonia" the first is there and
+    the others may explain it.
+    """
+    for at, middle in enumerate(events):
         if middle.kind not in ("or", "versus"):
             continue
-        precedes = left.kind in _TARGETS and middle.start - left.end <= 15
-        follows = right.kind in _TARGETS and 0 < right.start - middle.end <= 40
+        before, right = events[:at], next(iter(events[at + 1:]), None)
+        if before and before[-1].kind == "," and middle.start - before[-1].end <= 1:
+            before = before[:-1]
+        precedes = before and before[-1].kind in _TARGETS and middle.start - before[-1].end <= 15
+        follows = right and right.kind in _TARGETS and right.start - middle.end <= 40
         if precedes:
-            left.after = left.after or "unc"
+            for left in _listed(before):
+                left.after = left.after or "unc"
         if follows and (precedes or middle.kind == "versus"):
             right.after = right.after or "unc"
+
+
+def _listed(events):
+    """The mentions of a list "A, B" that the events end with, right to left."""
+    expected = "target"
+    for event in reversed(events):
+        is_target = event.kind in _TARGETS
+        is_explained = "Lung Opacity" in event.findings and event is not events[-1]
+        if is_target != (expected == "target") or is_explained or not (
+                is_target or event.kind == ","):
+            return
+        if is_target:
+            yield event
+        expected = "," if is_target else "target"
 
 
 # -------------------------------------------------------------------------- pieces of a sentence
@@ -438,6 +502,8 @@ def _read(text):
     labels, label_text, asked, was_label, unanswered = [], "", False, False, []
     last_number = last_sentence = list_state = state = None
     for number, kind, sentence, part, is_label in pieces(text):
+        if sentence is not last_sentence and _is_foreign(sentence):
+            continue
         if number != last_number:  # a line that ends in a label rules the list below it
             list_state = state if was_label else list_state if kind == "bullet" else None
         piece = _Piece(part, state if sentence is last_sentence else list_state)
@@ -468,6 +534,16 @@ def _read(text):
     return mentions + unanswered, normal, abnormal
 
 
+def _is_foreign(text):
+    """Whether a text is in a language that is not read: its small words are of other languages."""
+    foreign = english = 0
+    for word in _WORD.findall(text.lower().replace("de novo", "")):
+        foreign += 2 * (word in vocabulary.FOREIGN or not (word.isascii() or _LATIN.search(word)))
+        foreign += word in vocabulary.RATHER_FOREIGN or not word.isascii()
+        english += 2 * (word in vocabulary.ENGLISH)
+    return foreign > max(1, english)
+
+
 def read_findings(text):
     """The findings that a text asserts about the image.
 
@@ -478,6 +554,8 @@ def read_findings(text):
     the module lists the conventions. The same text always gives the same answer, in time linear in
     its length.
     """
+    if _is_foreign(text):
+        return {}
     mentions, normal, abnormal = _read(text)
     readings = {}
     for value in (POSITIVE, UNCERTAIN, NEGATIVE):  # of several mentions the first of these decides

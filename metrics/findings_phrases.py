@@ -83,7 +83,11 @@ NOT_MENTIONS = (
     "|no ~ increase/decrease/worsening/progression/improvement"
     "|not ~ displaced/larger/smaller/worse|no more/less than"
     "|consistent/compatible/keeping/associated/along/together with|when compared"
-    "|previously seen/noted/described/identified|not ~ seen/present previously"
+    "|previously seen/noted/described/identified"
+    "|seen/noted/described/identified/present last/yesterday/earlier/before/previously"
+    "|seen/noted/described/identified/present on ct/prior/previous"
+    "|seen/noted/described/identified/present on the ct/prior/previous/earlier/last"
+    "|not ~ seen/present previously"
     "|not ~ seen/present on/in prior/previous|not ~ seen/present on/in the prior/previous"
     "|no/without prior/comparison|that/which is/are/was|or two/three/more"
     "|partial/incomplete resolution/clearing of|near/nearly complete resolution/clearing of"
@@ -102,22 +106,23 @@ CUES = {
         "no|not|without|no longer|neither|nor|never|negative/unremarkable for"
         "|is/are negative for|free of/from|denies|clear/cleared/absence/lack/devoid/none of"
         "|low likelihood/probability/suspicion of|low suspicion for|nothing to suggest/indicate"
-        "|excludes|rules/ruling out|resolution/clearing/removal of|rather than|instead of"
+        "|excludes|rules/ruling out|argue/argues/arguing/speak/speaks against|evidence against"
+        "|disappearance of|resolution/clearing/removal of|rather than|instead of"
         "|as opposed to|fails to|negative findings|pertinent negatives"
         "|cannot ~ see/identify/detect"),
     "unc": (
         "may|might|could|would|can be/represent/reflect/indicate"
         "|suspicious/suspicion/concern/concerns/concerning/worrisome for|suspicion of|suspect"
-        "|question|question/suggestion of|favor*|favour*|consider|differential|whether|rule out"
+        "|question|question/suggestion/possibility/chance of|doubt|doubtful|than|favor*|favour*|consider|differential|whether|rule out"
         "|to exclude|query|correlate/correlation for|correlate clinically"),
     "unc!": (
-        "no/without new/definite|cannot/not ~ exclude|cannot/not ~ rule out|unable to exclude"
-        "|unable to rule out|no evidence to rule out"),
+        "no/without new|with or without|cannot/not ~ exclude|cannot/not ~ rule out|unable to exclude"
+        "|not sure/certain|not clear if/whether|unsure|unable to rule out|no evidence to rule out"),
     "ign": (
         "if|if there|when|history of|risk of/for"
         "|evaluate/evaluation/assess/assessment/look/looking/check/monitor/monitoring/screen for"
         "|evaluation/symptoms of|recommend*|basis for diagnosing|basis for/of the diagnos* of"
-        "|to determine|diagnosed with/as|in case/cases of|in patients with"
+        "|to determine/confirm|diagnosed with/as|in case/cases of|in patients with"
         "|cannot ~ determine/confirm/diagnose/assess/tell/say/interpret/provide/comment"
         "|not able/capable to/of|unable to"
         "|conditions/diseases/causes/processes/diagnoses such as|conditions like"),
@@ -129,9 +134,11 @@ CUES = {
         "|not appear ~ present/visible/evident"
         "|no longer ~ seen/present/visible/identified/evident/visualized/appreciated/noted"
         "|not ~ suspected/suggested|excluded|ruled out|none|nil|false|is/are negative"
+        "|not the case"
         "|cannot ~ seen/identified/detected/visualized"),
     "unc<": (
         "cannot/not ~ excluded|cannot/not ~ ruled out|difficult/hard to exclude"
+        "|may/might/could/would/should not ~ excluded|may/might/could/would/should not ~ ruled out"
         "|should/could/may ~ considered|a consideration/possibility|in the differential"
         "|may/might/could ~ present|may/could have this appearance|of concern|questioned"
         "|incompletely evaluated"),
@@ -142,7 +149,7 @@ CUES = {
 
     # They rule a noun that follows or, after a verb, what precedes: "resolved effusion", "effusion
     # has resolved".
-    "neg<>": "resolved|cleared|removed|unlikely|absent",
+    "neg<>": "resolved|cleared|removed|unlikely|absent|disappeared|vanished|gone",
     "unc<>": (
         "possible|possibly|probable|probably|questionable|suspected|potential|potentially"
         "|presumed|presumably|perhaps|maybe|equivocal|less likely|conceivable|conceivably"
@@ -187,7 +194,8 @@ CUES = {
 CLAUSE_STARTS = (
     "there|the|this|it|stable|unchanged|persistent|mild|mildly|minimal|moderate|moderately"
     "|severe|trace|small|improved|improving|worsening|again|possible|possibly|probable|probably"
-    "|likely|questionable|may|i can see|i see|i notice|i note|i observe|i find|i do")
+    "|likely|questionable|may|new|(?:presence|persistence|development|appearance|onset) of"
+    "|interval development|i can see|i see|i notice|i note|i observe|i find|i do")
 # Sentences about medicine in general.
 GENERIC = (
     r"\brefers? to\b",
@@ -205,6 +213,9 @@ GENERIC = (
     r"\bwhen (?:\w+ ){1,6}(?:is|are) suspected\b",
     r"\bgeneral (?:information|overview|guidance|knowledge)\b",
     r"\b(?:signs?|features|findings|symptoms) of (?:\w+ ){1,4}include\b",
+    r"\bwould (?:\w+ )?(?:show|blunt|cause|produce|obscure|displace|look|expect)\b",
+    r"\bwould (?:\w+ )?be (?:visible|seen|expected|evident|apparent)\b",
+    r"\b(?:more|less) (?:sensitive|specific|accurate)\b",
     r"\ba normal chest (?:\w+ ){0,2}(?:shows?|would|has|should|typically|usually)\b",
 )
 # What follows the name of a finding in its definition: "Atelectasis | is a collapse of the lung".
@@ -241,5 +252,19 @@ REFUSALS = (
     r"\bno image (?:was|is|has been)\b",
 )
 # Keys of a JSON answer that hold the name of a finding, and what is said of it.
-JSON_NAMES = ("finding", "name", "condition", "observation", "pathology", "abnormality", "disease")
-JSON_STATES = ("present", "presence", "status", "value", "answer", "result", "detected")
+JSON_NAMES = ("finding", "label", "name", "diagnosis", "condition", "observation", "pathology",
+              "abnormality", "disease")
+JSON_STATES = ("present", "presence", "detected", "status", "value", "answer", "result", "state",
+               "verdict", "found", "visible", "seen", "exists", "grade", "severity")
+# Words that tell English from languages that are not read. RATHER_FOREIGN ones are also found in
+# English texts ("LE edema", "ET tube"); two of them count as one that is not.
+ENGLISH = frozenset(
+    "the is are was were no of and there with without in on at a an or not this that be has have "
+    "been may likely seen normal to for by from it as left right small new stable mild".split())
+FOREIGN = frozenset(
+    "pas de du sont avec sans pour dans aucun aucune une "
+    "der dem den ein eine einen kein keine keinen ist sind und oder nicht mit ohne zeigt kann auf "
+    "las unas del hay ningun ninguna sin gli di della nel nessun nessuna senza sem nao uma dos das "
+    "het een van geen niet zonder brak jest bez ingen intet inget ikke inte och yok ve".split())
+RATHER_FOREIGN = frozenset(
+    "le la les el il lo un en se con non al os da na ni y e o des et est im los og det sono".split())

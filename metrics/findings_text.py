@@ -11,8 +11,14 @@ from . import findings_phrases as vocabulary
 
 _SKIPPED = re.compile(vocabulary.SKIPPED_SECTIONS)
 _SECTION = re.compile(f"{vocabulary.SKIPPED_SECTIONS}|{vocabulary.OTHER_SECTIONS}")
+_JSON_START = re.compile(r"(?:^|(?<=: ))[ \t]*(?=[{\[])", re.MULTILINE)
+_DECODER = json.JSONDecoder()
+_FENCE = re.compile(r"^ *```\w* *$", re.MULTILINE)
+_SENTENCE = re.compile(r"[.:;](?:\s|$)")
+_TICK = re.compile(r"[xX✓✔✅☑☒]|\[[xX]\]|\([xX]\)")
+_MARK = re.compile(rf"(?:{_TICK.pattern}|[-–☐]|\[ ?\]|\( ?\))?")
 _SIDES = re.compile(r"\b(left|right) ?: *(\w+ ?), ?(left|right) ?:", re.IGNORECASE)
-_BULLET = re.compile(r"^(?:[-*•+–·]|\(?\d{1,2}[.)])\s+|^(?=[✓✔✅❌✗✘])")
+_BULLET = re.compile(r"^(?:[-*•+–·]|\(?\d{1,2}[.)])\s+|^(?=[✓✔✅❌✗✘☐☑☒])")
 # its first character begins a run of .!? so that a long one is looked at once
 _SENTENCE_END = re.compile(
     r"(?<![.!?])(?:[.!]|\?(?=[.!?])|(?<=\S)\?)[.!?]*[\"')\]*_]*(?=\s|$)"
@@ -21,8 +27,10 @@ _ABBREVIATION = re.compile(r"(?:^|[\s(])(?:dr|mr|mrs|ms|vs|e\.g|i\.e|cf|approx|s
 _LABEL_END = re.compile(r":(?=[\s*_]|$)|\s[-–—]+\s|—")
 _SPELLINGS = [(re.compile(pattern), new) for pattern, new in (
     (r"_{3,}", " xxxx "),  # a de-identified blank
-    (r"\(no\)", " absent"), (r"\(yes\)", " present"),
-    (r"[*_`#~]+", ""), (r"[❌✗✘]", " no "), (r"[✓✔✅]", " "), (r"’", "'"),
+    (r"\((?:no|[-–−])\)|^\s*[-–−]\s*$", " absent"), (r"\((?:yes|\+)\)|^\s*\+\s*$", " present"),
+    (r"\(\?\)", " possible"), (r"\bwith/without\b", "with or without"),
+    (r"^\[ ?\]", "no "), (r"^\[[x✓✔]\]", ""), (r"\[ ?\]", " absent"), (r"\[[x✓✔]\]", " present"),
+    (r"[*_`#~]+", ""), (r"[❌✗✘☐]", " no "), (r"[✓✔✅☑☒]", " "), (r"’", "'"),
     (r"\band/or\b", "or"), (r"\bw/o\b", "without"),
     (r"\br/o\b", "rule out"), (r"\bc/w\b", "consistent with"), (r"\bh/o\b", "history of"),
     (r"\b(?:can't|can not|could not|couldn't)\b", "cannot"),
@@ -43,20 +51,82 @@ def normalise(text):
     return text.strip()
 
 
-def _unfold(text):
-    """The text with its JSON, all of it or what is fenced by ```, as lines "finding: value".
+def unfold(text):
+    """The text with its JSON, and its tables whose columns are ticked, as lines "finding: value".
 
-    "left: no, right: yes" loses its colons.
+    JSON begins a line or stands behind a colon; several objects may follow each other. Any other
+    text stays as it is, but "left: no, right: yes" loses its colons.
     """
-    parts = text.split("```")
-    for i, part in enumerate(parts):
-        part = part.strip().removeprefix("json").lstrip()
-        if part.startswith(("{", "[")) and (i % 2 or len(parts) == 1):
-            try:
-                parts[i] = "\n".join(["", *_json_lines(json.loads(part)), ""])
-            except (ValueError, RecursionError):
-                pass
-    return _SIDES.sub(r"\1 \2, \3", "```".join(parts))
+    parts, end = [], 0
+    for match in _JSON_START.finditer(text):
+        if match.start() < end:
+            continue
+        try:
+            value, stop = _DECODER.raw_decode(text, match.end())
+        except ValueError:
+            continue
+        except RecursionError:
+            break
+        # "[1] Edema" is a reference
+        if isinstance(value, dict) or value and all(isinstance(item, (dict, str)) for item in value):
+            parts += [text[end:match.start()], "\n".join(["", *_json_lines(value), ""])]
+            end = stop
+    text = _unticked("".join([*parts, text[end:]]))
+    return _SIDES.sub(r"\1 \2, \3", _FENCE.sub("", text) if parts else text)
+
+
+def is_row(line):
+    """Whether a line is a row of a table: "| Edema | no |" or "Edema | no"."""
+    return line.lstrip().startswith("|") or (" | " in line and not _SENTENCE.search(line))
+
+
+def cells_of(line):
+    """The cells of a table's row, without the blanks around them."""
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def table_rows(text):
+    """Yields each table of a text, a list of rows of cells; rules of dashes are dropped.
+
+    text  str
+    """
+    rows = []
+    for line in [*text.splitlines(), ""]:
+        if is_row(line):
+            if line.strip("|-: \t"):
+                rows.append(cells_of(line))
+        elif rows:
+            yield rows
+            rows = []
+
+
+def _unticked(text):
+    """The text with the tables whose columns are ticked as lines "finding: name of the column"."""
+    lines, rows = [], []
+    for line in [*text.split("\n"), ""]:
+        if is_row(line):
+            rows.append(line)
+            continue
+        lines += _ticked_lines(rows) or rows
+        lines.append(line)
+        rows = []
+    return "\n".join(lines[:-1])
+
+
+def _ticked_lines(rows):
+    """The lines of a table whose columns are ticked; None where it is another table.
+
+    A row without a tick, or with several, says nothing.
+    """
+    head, *body = [cells_of(row) for row in rows if row.strip("|-: \t")] or [[]]
+    marks = [cell for row in body for cell in row[1:]]
+    if not all(map(_MARK.fullmatch, marks)) or not any(map(_TICK.fullmatch, marks)):
+        return None
+    lines = []
+    for name, *cells in body:
+        ticked = [option for option, cell in zip(head[1:], cells) if _TICK.fullmatch(cell)]
+        lines += [f"{name}: {option}" for option in ticked[:1] if len(ticked) == 1]
+    return lines
 
 
 def _json_lines(value, label=""):
@@ -84,11 +154,14 @@ def _list_lines(value, label):
 def _object_lines(value, label):
     """Yields the lines of a JSON object that is said of `label`."""
     value = {re.sub("(?<=[a-z])(?=[A-Z])|_", " ", key): item for key, item in value.items()}
-    keys = {key.lower(): key for key in value}
+    keys = {re.sub(r"^(?:is|was) | name$", "", key.lower()): key for key in value}
     named = next((keys[key] for key in vocabulary.JSON_NAMES
                   if isinstance(value.get(keys.get(key)), str)), None)
     state = next((keys[key] for key in vocabulary.JSON_STATES if key in keys), None)
     name = value[named] if named else label
+    others = [key for key, item in value.items() if key != named and isinstance(item, (bool, str))]
+    if named and not state and len(others) == 1:
+        state = others[0]  # {"finding": "Edema", "course": "stable"}
     if named and not state:
         yield f"{name}."
     elif name and state:
@@ -103,15 +176,15 @@ def _object_lines(value, label):
             yield from _json_lines(item, key)
 
 
-def _lines(text):
+def lines_of(text):
     """Yields (kind, line); kind is blank, bullet, heading or plain.
 
     Lines that were only wrapped are joined again, rules of dashes are dropped.
     """
     lines, previous = [("blank", [""])], ""
     for line in map(str.strip, text.splitlines()):
-        if line.startswith("|"):  # a row of a table reads like "label: value"
-            line = " : ".join(cell.strip() for cell in line.strip("|").split("|"))
+        if is_row(line):  # it reads like "label: value"
+            line = " : ".join(filter(None, cells_of(line)))
         if line and not line.strip("-:=_*# \t"):
             continue
         kind, (last_kind, last_parts) = _kind(line), lines[-1]
@@ -162,7 +235,7 @@ def pieces(text):
     plain) of the line, the sentence, the piece of it, and whether that piece is a label.
     """
     skipped = begun = False
-    for number, (kind, line) in enumerate(_lines(_unfold(text))):
+    for number, (kind, line) in enumerate(lines_of(unfold(text))):
         skipped = skipped and not (kind == "blank" and begun)
         for sentence in _sentences(_BULLET.sub("", line)):
             cuts = [match.span() for match in _LABEL_END.finditer(sentence)]

@@ -1,69 +1,396 @@
-"""The reader of a task's phrases: which class of which finding a text names.
+"""Which class of which finding a text names, in the words that a task.json lists.
 
-    compiled = compile_phrases({"Holes": ["holes"]},
-                               {"none": ["no {finding}"], "many": ["many {finding}"]})
-    read_phrases("Many holes.", compiled)     -> {"Holes": "many"}
+    phrases = Phrases({"Spots": ["spots"], "Holes": ["holes"]},
+                      {"none": ["no {finding}", "{finding} are absent"], "many": ["many {finding}"]})
+    phrases.read("There are many spots. No holes.")
+    -> {"Spots": ("many", "There are many spots"), "Holes": ("none", "No holes.")}
 
-The words are those that a task.json lists. A phrase is words, {finding} for any of the finding's
-words, and * for up to four words of the same clause that name no other finding.
+A phrase is words, {finding} for any of the finding's words, and * for up to four words that name no
+finding. A text is read in three ways; what one of them has read, the next one leaves as it is:
+
+ 1. Tables, with a finding a row or a finding a column.
+ 2. Items: a label and what is said of it, "Spots: many, holes: few", "**Spots**" above "Many", and
+    "Many: spots". JSON and tables with ticks become such items before (findings_text.unfold).
+ 3. Phrases in running text.
+
+In 1 and 2 a class is told by its name, or by the words of its phrases without {finding} and without
+the verb beside it: "absent" of "{finding} are absent". In 3 a phrase ends with its clause and says
+nothing where it is denied; docs/data.md has the rules and an example of each. Of several mentions
+of a finding the earliest counts.
 """
 
 import re
+from typing import NamedTuple
 
-BETWEEN = r"[^\w.;|]+"  # a phrase does not reach over the end of a clause
+from .findings_text import is_row, lines_of, table_rows, unfold
+
+GAP = 4  # how many words a * stands for at most
+VERB = r"(?:is|are|was|were|be|been|has|have|had|seems?|appears?|looks?)"
+# "not many spots", "no sign of many spots"; "not only many spots" denies nothing
+DENIAL = (r"(?:\b(?:no|not|never|neither|nor|without|hardly|cannot)|n't)\b"
+          r"(?! (?:only|just|doubt|question))")
+DENIES = re.compile(DENIAL, re.IGNORECASE)
+# but "not severe but mild" says mild
+DENIED = re.compile(rf"{DENIAL}\W+(?:(?!but\b)\w+\s+){{0,3}}$", re.IGNORECASE)
+# A comma is looked at by itself.
+CLAUSE_END = re.compile(
+    r"[.;!?](?=\s|$)|[\n|\"{}\[\]]|:\s|\s[-–—]+\s|—"
+    r"|\b(?:while|whereas|although|though|however)\b", re.IGNORECASE)
+CHUNK_END = re.compile(r",|\b(?=but\b)", re.IGNORECASE)
+QUESTION = re.compile(r"\s*(?:is|are|was|were|does|do|did|can|could|what|which|how)\b.*\?\s*$",
+                      re.IGNORECASE | re.DOTALL)
+LABEL_END = re.compile(r"\s*[:=]\s*|\s+[-–—]+>?\s+|\s*—\s*")
+MARKS = re.compile(r"^[\W_]*(?:\(?\d{1,2}[.)]\s+)?[\W_]*|[\W_]+$")
+HEADING = re.compile(r"\s*(?:#|\*\*[^*]+\*\*:?\s*$|.*:\s*$)")
 
 
-def compile_phrases(findings, classes):
-    """Compiles a task's phrases.
+class _Hit(NamedTuple):
+    """A phrase that was found in a chunk of a clause.
+
+    joins   whether "and" or "or" stands between the class and the finding
+    length  of what was matched, in words
+    start   where it begins
+    words   (start, end) of its words on the side of the class
+    value   the class
+    group   number of the findings that are named
+    leads   whether the class stands before the findings
+    """
+    joins: bool
+    length: int
+    start: int
+    words: tuple
+    value: str
+    group: int
+    leads: bool
+
+
+class Phrases:
+    """The compiled phrases of a task.
 
     findings  {finding: [words that name it]}
     classes   {class: [phrases]}
-    Returns [(finding, class, compiled expression)], findings and classes in their order.
+    positive  the classes that are disease; with one such class "yes" beside a label is that class,
+              with one other class "no" is that one
     """
-    compiled = []
-    for finding, words in findings.items():
-        others = [word for name, names in findings.items() if name != finding for word in names]
-        named = "(?:" + "|".join(whole_word(word, others) for word in words) + ")"
-        another = "|".join(map(re.escape, others)) or "(?!)"
-        gap = rf"(?:{BETWEEN}(?!(?:{another})\b)\w+){{0,4}}?"
-        for value, phrases in classes.items():
-            for phrase in phrases:
-                expression = ""
-                for token in phrase.split():
-                    if token == "*":
-                        expression += gap
-                    else:
-                        expression += BETWEEN if expression else ""
-                        expression += named if token == "{finding}" else re.escape(token)
-                compiled.append((finding, value, re.compile(rf"\b{expression}\b", re.IGNORECASE)))
-    return compiled
+
+    def __init__(self, findings, classes, positive=()):
+        named = sorted(((words, finding) for finding, words_of in findings.items()
+                        for words in words_of), key=lambda pair: -len(pair[0]))
+        self._finding_of = {" ".join(words.lower().split()): finding for words, finding in named}
+        name = "|".join(rf"(?<!\w){_source(words)}(?!\w)" for words, _ in named)
+        self._name = re.compile(name, re.IGNORECASE)
+        self._phrases = [(value, *_running(phrase), _own_words(phrase))
+                         for value, phrases in classes.items() for phrase in phrases]
+        self._bare = _bare_words(classes, positive)
+        self._beside = [(value, _beside(value)) for value in classes]
+        self._group = self._compile_group(name, classes)
+
+    def read(self, text):
+        """What a text says.
+
+        text  str of any length, in which JSON, tables, lists and headings are understood
+        Returns {finding: (class, the line or clause that decided)}.
+        """
+        text, found = unfold(text), {}
+        if not self._name.search(text):
+            return found
+        for way in (self._read_tables, self._read_items, self._read_running):
+            for finding, value, words in way(text):
+                found.setdefault(finding, (value, " ".join(words.split())))
+        return found
+
+    def _compile_group(self, name, classes):
+        """The expression of findings that are joined: "hemorrhage, exudates or hard drusen".
+
+        Before the last one up to two words may stand that tell no class and deny nothing.
+        """
+        telling = {word.lower() for phrases in classes.values() for phrase in phrases
+                   for word in phrase.split() if word not in ("{finding}", "*")}
+        telling |= {word.lower() for value in classes for word in str(value).split()}
+        telling |= {"no", "not", "without", "is", "are", "there", "has", "have", "with"}
+        other = "|".join(map(re.escape, sorted(telling)))
+        word = rf"(?!(?:{other})\b)[\w-]+\s+"
+        joined = rf"(?:\s*,?\s*\b(?:or|nor)\s+(?:{word}){{0,2}}?|\s*,?\s*(?:\band\s+|&\s*)(?:the\s+)?|" \
+                 r"\s*[,/]\s*)"
+        return re.compile(rf"(?:{name})(?:{joined}(?:{name}))*", re.IGNORECASE)
+
+    def _findings_in(self, text):
+        """The findings that a text names, in order."""
+        names = (" ".join(match[0].lower().split()) for match in self._name.finditer(text))
+        return tuple(dict.fromkeys(map(self._finding_of.get, names)))
+
+    # ---------------------------------------------------------------------------- beside a label
+
+    def _label(self, text):
+        """The findings of a label; () where it says anything else beside."""
+        text = MARKS.sub("", text)
+        if len(text) > 60 or len(re.findall(r"\w+", self._name.sub("", text))) > 3:
+            return ()
+        return () if self._class_of(text) else self._findings_in(text)
+
+    def _class_of(self, said):
+        """The class that is told first in what is said of a label; None without any."""
+        first, lower = None, said.lower()
+        for value, needle, expression in self._bare:
+            if needle not in lower:
+                continue
+            for match in expression.finditer(said):
+                if not DENIED.search(said[:match.start()]):
+                    if first is None or match.start() < first[0]:
+                        first = match.start(), value
+                    break
+        return first and first[1]
+
+    def _class_alone(self, text):
+        """The class that a text tells and nothing else; None where it says more."""
+        text = MARKS.sub("", text)
+        return next((value for value, _, words in self._bare if words.fullmatch(text)), None)
+
+    def _read_tables(self, text):
+        """Yields (finding, class, row) of the tables."""
+        for head, *rows in table_rows(text):
+            findings = [self._label(cell) for cell in head]
+            if sum(map(bool, findings)) > 1:
+                for row in rows:
+                    yield from ((finding, value, cell) for names, cell in zip(findings, row)
+                                if (value := self._class_of(cell)) for finding in names)
+            else:
+                yield from (pair for row in [head, *rows] for pair in self._read_row(row))
+
+    def _read_row(self, row):
+        """Yields (finding, class, row) of a table's row: its first cell that names findings, and
+        its first other cell that tells a class."""
+        at = next((at for at, cell in enumerate(row) if self._label(cell)), None)
+        if at is not None:
+            told = map(self._class_of, row[at + 1:] + row[:at])
+            if value := next(filter(None, told), None):
+                yield from ((finding, value, " | ".join(row)) for finding in self._label(row[at]))
+
+    def _read_items(self, text):
+        """Yields (finding, class, line) of labels, headings and lists below a class."""
+        waiting, ruling, left = (), None, 0
+        for kind, line in lines_of(_without_rows(text)):
+            if kind == "blank":
+                continue
+            items = list(self._items(line))
+            for names, said in items:
+                if value := self._class_of(said):
+                    yield from ((finding, value, line) for finding in names)
+            heading = () if items else self._label(line.rsplit(":", 1)[-1] or line)
+            if heading or items or self._name.search(line) or HEADING.match(line):
+                if ruling and kind == "bullet" and not items:
+                    yield from ((finding, ruling, line) for finding in self._findings_in(line)
+                                if not self._class_of(line))
+                waiting, left = heading, 3
+                # "Spots:" alone waits for the lines below it
+                waiting = waiting or next((names for names, said in items if not said.strip()), ())
+            elif waiting and left:
+                left -= 1
+                if value := self._class_of(line):
+                    yield from ((finding, value, line) for finding in waiting)
+                    waiting = ()
+            if kind != "bullet":
+                ruling = self._class_alone(line)
+
+    def _items(self, line):
+        """Yields (findings, what is said of them) of a line's labels: "Spots: many, holes: few".
+
+        Of "Many: spots" it yields (findings, "Many").
+        """
+        parts = LABEL_END.split(line)
+        tails = [self._tail(part, first=at == 0) for at, part in enumerate(parts)]
+        for at, (label, said) in enumerate(zip(tails, parts[1:])):
+            if at + 2 < len(parts):
+                said = said[:len(said) - len(tails[at + 1])]
+            if names := self._label(label):
+                other = self._name.search(said)
+                yield names, said[:other.start()] if other else said
+            elif self._class_alone(label) and self._findings_in(said):
+                yield self._findings_in(said), label
+
+    def _tail(self, part, first):
+        """The end of what stands between two labels, which is the second label."""
+        cut = max(part.rfind(mark) for mark in ",;.|(") + 1
+        if cut or first:
+            return part[cut:]
+        names = [match.start() for match in self._name.finditer(part)]
+        return part[names[-1]:] if names else part
+
+    # ------------------------------------------------------------------------------ running text
+
+    def _read_running(self, text):
+        """Yields (finding, class, clause) of the phrases, clause by clause."""
+        for _, line in lines_of(text):
+            start = 0
+            for match in [*CLAUSE_END.finditer(line), None]:
+                clause = line[start:match.end() if match else len(line)]
+                if self._name.search(clause) and not QUESTION.match(clause):
+                    for pair in self._read_clause(clause.rstrip(".;!?:|\"{}[]")):
+                        yield *pair, clause
+                start = match.end() if match else start
+
+    def _read_clause(self, clause):
+        """Yields (finding, class) of a clause, the earliest first.
+
+        A phrase reaches over a comma only where nothing is named behind it: "hemorrhages, severe".
+        """
+        chunks = self._chunks(clause)
+        for at, chunk in enumerate(chunks):
+            if not self._name.search(chunk):
+                continue
+            read = self._read_chunk(chunk)
+            beside = [f"{chunk} {other}" for other in chunks[at + 1:at + 3]]
+            if at and len(chunks[at - 1].split()) < 4 and not self._answers(chunks[at - 1]):
+                beside.append(f"{chunks[at - 1]} {chunk}")
+            for more, other in zip(beside, chunks[at + 1:at + 3] + chunks[at - 1:at]):
+                if self._name.search(other):
+                    break
+                if set(self._findings_in(chunk)) - read.keys():
+                    read = self._read_chunk(more) | read
+            yield from read.items()
+
+    def _answers(self, chunk):
+        """Whether a chunk is no more than "yes" or "no"."""
+        return MARKS.sub("", chunk).lower() in ("yes", "no")
+
+    def _chunks(self, clause):
+        """A clause cut at "but" and at its commas, not at those between joined findings."""
+        chunks, start = [], 0
+        inside = [match.span() for match in self._group.finditer(clause)]
+        for match in CHUNK_END.finditer(clause):
+            if not any(first <= match.start() < last for first, last in inside):
+                chunks.append(clause[start:match.start()])
+                start = match.end()
+        return [*chunks, clause[start:]]
+
+    def _read_chunk(self, chunk):
+        """{finding: class} of a chunk, the earliest first."""
+        groups = []
+
+        def number(match):
+            groups.append(match[0])
+            return f"\x00{len(groups) - 1}\x00"
+
+        marked = self._group.sub(number, chunk)
+        read, taken = {}, []
+        for hit in sorted(self._hits(marked)):
+            if any(hit.words[0] < end and start < hit.words[1] for start, end in taken):
+                continue  # a class is told of the findings that are nearest
+            taken.append(hit.words)
+            read.setdefault(hit.group, {}).setdefault(hit.leads, hit)
+        told = {}
+        for group, hits in sorted(read.items()):
+            for finding, value in self._share(groups[group], hits):
+                told.setdefault(finding, value)
+        return told
+
+    def _hits(self, marked):
+        """Yields the _Hit of every phrase in a chunk whose groups are \\x00NUMBER\\x00."""
+        lower = marked.lower()
+        for value, expression, denies, words in self._phrases:
+            if all(word in lower for word in words):
+                for match in expression.finditer(marked):
+                    hit = _hit(match, value)
+                    # what may deny it stands before its words, or between the finding and the last
+                    said = marked[:hit.start] if hit.leads else match[0][:-len(words[-1])]
+                    if denies or not DENIED.search(said):
+                        yield hit
+        for value, expression in self._beside:
+            if str(value).lower() in lower:
+                yield from (_hit(match, value) for match in expression.finditer(marked))
+
+    def _share(self, names, hits):
+        """Yields (finding, class) of joined findings.
+
+        names  as they stand: "hemorrhage and exudates"
+        hits   {True: the class before them, False: the class behind them}
+        Of "no hemorrhage and exudates are severe" each takes its own; in "spots, holes are rare"
+        nothing is said of the first.
+        """
+        findings = self._findings_in(names)
+        before, behind = hits.get(True), hits.get(False)
+        if behind and (before or not re.search(r"\b(?:and|or|nor)\b|[&/]", names)):
+            yield findings[-1], behind.value
+            findings = findings[:-1]
+        chosen = before or behind
+        if before or re.search(r"\b(?:and|or|nor)\b|[&/]", names):
+            yield from ((finding, chosen.value) for finding in findings)
 
 
-def whole_word(word, others):
-    """The expression of a finding's word, not found inside another finding's word.
+# --------------------------------------------------------------------------------- compiling
 
-    word    "effusion"
-    others  the words of the other findings: ["pericardial effusion"]
-    Returns the source of a regular expression, here r"(?<!pericardial\\ )effusion".
+def _source(words):
+    """The expression of some words, whatever blanks are between them."""
+    return r"\s+".join(map(re.escape, words.split()))
+
+
+def _own_words(phrase):
+    """The words of a phrase that any text must have in which it is found, in lower case."""
+    return [word.lower() for word in phrase.split() if word not in ("{finding}", "*")]
+
+
+def _running(phrase):
+    """(expression, whether it denies by itself) of a phrase in a chunk of marked groups."""
+    between, expression = r"[^\w\x00]+", ""
+    for token in phrase.split():
+        if token == "*":
+            expression += rf"(?:{between}\w+){{0,{GAP}}}?" if expression else ""
+            continue
+        expression += between if expression else ""
+        if token == "{finding}":
+            expression += r"\x00(?P<group>\d+)\x00"
+        else:
+            expression += rf"(?<!\w){re.escape(token)}(?!\w)"
+    denies = bool(DENIES.search(phrase))
+    return re.compile(expression, re.IGNORECASE), denies
+
+
+def _beside(value):
+    """The expression of a class's name directly behind a finding: "spots (many) and holes (few)"."""
+    return re.compile(rf"(?:^|\band\b)[^\w\x00]*\x00(?P<group>\d+)\x00[^\w\x00]+{_source(str(value))}"
+                      r"(?=[^\w\x00]*(?:$|\band\b))", re.IGNORECASE)
+
+
+def _bare_words(classes, positive):
+    """[(class, a word that must be there, expression)] of the words that tell a class of a label.
+
+    The longer ones are first.
     """
-    before = "".join(rf"(?<!{re.escape(other[:-len(word)])})"
-                     for other in others if other.endswith(f" {word}"))
-    after = "".join(rf"(?!{re.escape(other[len(word):])}\b)"
-                    for other in others if other.startswith(f"{word} "))
-    return before + re.escape(word) + after
+    told = [(value, str(value).split()) for value in classes]
+    told += [(value, _without_finding(phrase)) for value, phrases in classes.items()
+             for phrase in phrases]
+    healthy = [value for value in classes if value not in positive]
+    told += [(value, [word]) for values, words in ((list(positive), ("yes", "true")),
+                                                   (healthy, ("no", "false")))
+             if positive and len(values) == 1 for value in values for word in words]
+    gap = rf"\W+(?:\w+\W+){{0,{GAP}}}?"
+    bare = [(value, words[0].lower(),
+             re.compile(rf"(?<![\w.]){gap.join(map(re.escape, words))}(?!\w|\.\d)", re.IGNORECASE))
+            for value, words in told if words]
+    return sorted(bare, key=lambda row: -len(row[2].pattern))
 
 
-def read_phrases(text, compiled):
-    """What a text says of the findings.
+def _without_finding(phrase):
+    """The words of a phrase that tell its class beside a label; [] where none are left."""
+    words = [word for word in phrase.split() if word not in ("{finding}", "*")]
+    while words and re.fullmatch(VERB, words[0]):
+        words.pop(0)
+    while words and re.fullmatch(VERB, words[-1]):
+        words.pop()
+    return words
 
-    text      str of any length
-    compiled  what `compile_phrases` returns
-    Returns {finding: class}; of several mentions the earliest counts, and of those that start at
-    the same place the shortest. A finding without a mention is missing.
-    """
-    first = {}
-    for finding, value, expression in compiled:
-        if match := expression.search(text):
-            mention = match.span(), value
-            first[finding] = min(first.get(finding, mention), mention)
-    return {finding: value for finding, (_, value) in first.items()}
+
+def _hit(match, value):
+    """The _Hit of a match of a phrase's expression."""
+    group = match.start("group") - 1, match.end("group") + 1
+    leads = match.start() < group[0]
+    words = (match.start(), group[0]) if leads else (group[1], match.end())
+    said = match.string[slice(*words)]
+    joins = bool(re.search(r"\b(?:and|or|nor)\b", said))
+    return _Hit(joins, len(match[0].split()), match.start(), words, value, int(match["group"]),
+                leads)
+
+
+def _without_rows(text):
+    """The text without the rows of its tables."""
+    return "\n".join(line for line in text.splitlines() if not is_row(line))
