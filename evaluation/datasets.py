@@ -408,16 +408,29 @@ def is_annotated(item):
 
 
 HEADER = re.compile(r"\n ([A-Z ()/,-]+):\s")
+# as they are spelled in the reports -> the section that is meant
 SECTION_NAMES = {
-    "conclusion": "impression",
-    "conclusions": "impression",
-    "findings and impression": "impression",
-    "opinion": "impression",
-    "interpretation": "impression",
-    "summary": "impression",
+    **dict.fromkeys(("conclusion", "findings and impression", "findings/impression",
+                     "findings/ impression", "impresson", "imprression", "imoression",
+                     "impressoin", "imprssion", "impresion", "imperssion", "mpression",
+                     "impession"), "impression"),
+    **dict.fromkeys(("finding", "findins", "findindgs", "findgings", "findngs", "findnings",
+                     "finidngs", "reference findings"), "findings"),
+    **dict.fromkeys(("comparision", "comparsion", "comparrison", "comparisions", "reference exam"),
+                    "comparison"),
+    **dict.fromkeys(("clinical information", "pfi"), "history"),
+    **dict.fromkeys(("reason for examination", "reason for exam", "clinical indication",
+                     "idication"), "indication"),
+    **dict.fromkeys(("exam", "type of examination"), "examination"),
+    **dict.fromkeys(("recommendation(s)", "recommendation"), "recommendations"),
+    "wetread": "wet read",
 }
-VIEW = re.compile(r"\b(pa and lateral|ap and lateral|pa/lateral|ap|pa|lateral|portable|upright|"
-                  r"view|views|chest|radiograph|radiographs)\b")
+# A header with one of these describes the whole film, as "CHEST, TWO VIEWS" does; VIEWS, UPRIGHT,
+# AP or LATERAL by itself does not.
+DESCRIBES_FILM = re.compile(
+    r"chest|portable|pa and lateral|lateral and pa|ap and lateral|lateral and ap|frontal and"
+    r"|two views|frontal view|pa view|ap view|one view|lateral view|bone window|frontal upright"
+    r"|frontal semi-upright|ribs|pa and lat")
 
 
 def report_sections(text):
@@ -431,7 +444,8 @@ def report_sections(text):
     the end of its line on. Names that mean findings or impression are called so; empty ones of
     these two are dropped. Where neither is left, what follows the first empty line of the last
     section is 'last_paragraph'. The conventions are those of the section parser that MIMIC-CXR's
-    own labels were made with, without its list of 54 reports whose sections were set by hand.
+    own labels were made with (github.com/MIT-LCP/mimic-cxr, txt/section_parser.py), without its
+    list of 54 reports whose sections were set by hand.
     """
     sections, name, start = [], "preamble", 0
     header = HEADER.search(text)
@@ -461,7 +475,7 @@ def section_name(header):
     for known in ("impression", "findings", "history", "comparison", "addendum"):
         if known in header:
             return known
-    return "findings" if VIEW.search(header) else header
+    return "findings" if DESCRIBES_FILM.search(header) else header
 
 
 FRONTAL = ("PA", "AP")  # the views of a report's film, the better one first

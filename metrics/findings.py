@@ -7,30 +7,35 @@
 It reads by rules, without a model: radiology reports and answers of chat models, JSON included; a
 bare "Yes" is read together with the question before it.
 
-A text is cut into sentences and, at colons and dashes, into labels and what is said of them
-(findings_text.py). In each piece one regular expression finds mentions and cues (the vocabulary is
-in findings_phrases.py). A sweep to the right carries "no", "possible", "history of" to what
-follows; a sweep to the left carries "is absent", "cannot be excluded", "is enlarged" to what
-precedes; conjunctions and verbs end a scope.
+The layouts of chat models become lines (unfold.py), and a text is cut into sentences and, at colons
+and dashes, into labels and what is said of them (findings_text.py). In each piece one regular
+expression finds mentions and cues (the vocabulary is in findings_phrases.py). A sweep to the right
+carries "no", "possible", "history of" to what follows; a sweep to the left carries "is absent",
+"cannot be excluded", "is enlarged" to what precedes; conjunctions and verbs end a scope.
 
 The conventions are those of the CheXpert labeler (Irvin et al. 2019,
 stanfordmlgroup/chexpert-labeler) and of NegBio (Peng et al. 2018), without their parser and without
 their code:
 
- 1. Over the mentions of a finding, positive > uncertain > negative. "No new X" and "no definite X"
-    are uncertain.
+ 1. Over the mentions of a finding, positive > uncertain > negative. "No definite X" is negative,
+    "no new X" is uncertain.
  2. "No Finding" is 1 if no other finding except Support Devices and no other abnormality
     (emphysema, granuloma, hernia, ...) is positive or uncertain; else it is absent, never 0. Unlike
     the labeler's, it needs a text that says something: a finding that is denied, "lungs are clear",
     "no acute process". An empty text gives {}.
  3. "likely", "consistent with", "suggestive of" are positive; "A or B", "A versus B", "probable",
-    "may represent" are uncertain.
+    "may represent" are uncertain, and so is "concerning for X", which many radiologists mean as
+    positive.
  4. Heart size: "upper limits of normal" is 0, "borderline" -1, "borderline enlarged" 1, "stable"
     alone -1.
  5. Heart failure is Edema and uncertain Cardiomegaly; vascular congestion is uncertain Edema;
-    fibrosis is Pleural Other.
- 6. Ours: pleural plaques are Pleural Other; "history of X", questions, definitions, recommendations
-    and the sections in SKIPPED_SECTIONS (indication, comparison, ...) say nothing about the image.
+    fibrosis is Pleural Other. Radiologists' own labels seldom share these.
+ 6. A negation ends where a new statement begins behind "and" or a comma: "no pneumothorax, and a
+    small effusion is present", "no edema and a nodule". "No consolidation and effusion" denies
+    both.
+ 7. Ours: pleural plaques are Pleural Other; "history of X", questions, definitions, what "would be
+    seen", recommendations and the sections in SKIPPED_SECTIONS (indication, comparison, ...) say
+    nothing about the image. Sentences in another language than English are not read.
 """
 
 import re
@@ -39,6 +44,7 @@ from typing import NamedTuple
 
 from . import findings_phrases as vocabulary
 from .findings_text import normalise, pieces
+from .unfold import unfold
 
 FINDINGS = ("Atelectasis", "Cardiomegaly", "Consolidation", "Edema", "Enlarged Cardiomediastinum",
             "Fracture", "Lung Lesion", "Lung Opacity", "No Finding", "Pleural Effusion",
@@ -138,7 +144,8 @@ _OWN_VERB = re.compile(
     r"(?:,? and)? (?:[^\s,]+ ){1,5}(?:(?:has|have|had) (?!not)"
     r"|(?:persist|remain|worsen|increas|develop|appear)(?:s|ed)?\b)")
 # "no pneumothorax, and | a nodule is seen"; but "no pneumothorax, nodule, and mass is seen"
-_IS_THERE = re.compile(r"(?:,? and)? (?:[^\s,]+ ){1,5}(?:is|are|was|were) (?!not|no\b|absent|ruled)")
+_IS_THERE = re.compile(
+    r"(?:,? and)? (?:[^\s,]+ ){1,5}(?:is|are|was|were) (?!not|no\b|absent|ruled)")
 # "no consolidation and | a moderate effusion"; but "without a mass and a nodule" denies both
 _OWN_ARTICLE = re.compile(r"(?:,? and)? (?:a|an|one|two|several) ")
 _ARTICLE = re.compile(r"\b(?:a|an|any)\b")
@@ -213,7 +220,8 @@ def _begins_clause(text, match, negated):
     denied = text[negated:match.start()]
     # "no pneumothorax is seen and", "no pneumothorax, and"; in "no pneumothorax, nodule, and" a
     # list goes on
-    whole = _COPULA.search(denied) or (text.startswith(", and", match.start()) and "," not in denied)
+    lists = "," in denied or not text.startswith(", and", match.start())
+    whole = _COPULA.search(denied) or not lists
     if whole and _IS_THERE.match(text, end):
         return True
     return bool(_OWN_ARTICLE.match(text, end) and not _ARTICLE.search(denied))
@@ -501,8 +509,9 @@ def _read(text):
     mentions, normal, abnormal = [], None, False
     labels, label_text, asked, was_label, unanswered = [], "", False, False, []
     last_number = last_sentence = list_state = state = None
-    for number, kind, sentence, part, is_label in pieces(text):
-        if sentence is not last_sentence and _is_foreign(sentence):
+    is_mixed = _may_be_foreign(text)
+    for number, kind, sentence, part, is_label in pieces(unfold(text, _names_finding)):
+        if is_mixed and sentence is not last_sentence and _is_foreign(sentence):
             continue
         if number != last_number:  # a line that ends in a label rules the list below it
             list_state = state if was_label else list_state if kind == "bullet" else None
@@ -534,9 +543,24 @@ def _read(text):
     return mentions + unanswered, normal, abnormal
 
 
+def _names_finding(cell):
+    """Whether a table's cell is the name of a finding."""
+    return len(cell) <= 40 and any(event.kind in ("mention", "weak", "failure", "anatomy")
+                                   for event in _events(normalise(cell)))
+
+
+def _may_be_foreign(text):
+    """Whether a text has any word that tells another language; most texts have none."""
+    words = set(_WORD.findall(text.lower()))
+    return not (text.isascii() and words.isdisjoint(vocabulary.FOREIGN)
+                and words.isdisjoint(vocabulary.RATHER_FOREIGN))
+
+
 def _is_foreign(text):
     """Whether a text is in a language that is not read: its small words are of other languages."""
     foreign = english = 0
+    if not _may_be_foreign(text):
+        return False
     for word in _WORD.findall(text.lower().replace("de novo", "")):
         foreign += 2 * (word in vocabulary.FOREIGN or not (word.isascii() or _LATIN.search(word)))
         foreign += word in vocabulary.RATHER_FOREIGN or not word.isascii()

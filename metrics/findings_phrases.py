@@ -113,10 +113,12 @@ CUES = {
     "unc": (
         "may|might|could|would|can be/represent/reflect/indicate"
         "|suspicious/suspicion/concern/concerns/concerning/worrisome for|suspicion of|suspect"
-        "|question|question/suggestion/possibility/chance of|doubt|doubtful|than|favor*|favour*|consider|differential|whether|rule out"
+        "|question|question/suggestion/possibility/chance of|doubt|doubtful|than|favor*|favour*"
+        "|consider|differential|whether|rule out"
         "|to exclude|query|correlate/correlation for|correlate clinically"),
     "unc!": (
-        "no/without new|with or without|cannot/not ~ exclude|cannot/not ~ rule out|unable to exclude"
+        "no/without new|with or without|cannot/not ~ exclude|cannot/not ~ rule out"
+        "|unable to exclude"
         "|not sure/certain|not clear if/whether|unsure|unable to rule out|no evidence to rule out"),
     "ign": (
         "if|if there|when|history of|risk of/for"
@@ -251,11 +253,6 @@ REFUSALS = (
     r"\b(?:i|we) do not (?:see|find) (?:an|any|the) (?:\w+ ){0,2}(?:image|picture|attachment)\b",
     r"\bno image (?:was|is|has been)\b",
 )
-# Keys of a JSON answer that hold the name of a finding, and what is said of it.
-JSON_NAMES = ("finding", "label", "name", "diagnosis", "condition", "observation", "pathology",
-              "abnormality", "disease")
-JSON_STATES = ("present", "presence", "detected", "status", "value", "answer", "result", "state",
-               "verdict", "found", "visible", "seen", "exists", "grade", "severity")
 # Words that tell English from languages that are not read. RATHER_FOREIGN ones are also found in
 # English texts ("LE edema", "ET tube"); two of them count as one that is not.
 ENGLISH = frozenset(
@@ -267,4 +264,5 @@ FOREIGN = frozenset(
     "las unas del hay ningun ninguna sin gli di della nel nessun nessuna senza sem nao uma dos das "
     "het een van geen niet zonder brak jest bez ingen intet inget ikke inte och yok ve".split())
 RATHER_FOREIGN = frozenset(
-    "le la les el il lo un en se con non al os da na ni y e o des et est im los og det sono".split())
+    "le la les el il lo un en se con non al os da na ni y e o des et est im los og det sono"
+    .split())

@@ -1,28 +1,29 @@
 """Which class of which finding a text names, in the words that a task.json lists.
 
     phrases = Phrases({"Spots": ["spots"], "Holes": ["holes"]},
-                      {"none": ["no {finding}", "{finding} are absent"], "many": ["many {finding}"]})
+                      {"none": ["no {finding}", "{finding} are absent"],
+                       "many": ["many {finding}"]})
     phrases.read("There are many spots. No holes.")
     -> {"Spots": ("many", "There are many spots"), "Holes": ("none", "No holes.")}
 
 A phrase is words, {finding} for any of the finding's words, and * for up to four words that name no
-finding. A text is read in three ways; what one of them has read, the next one leaves as it is:
+finding. The layouts of chat models become lines first (unfold.py). Then a text is read in two ways;
+what the first has read, the second leaves as it is:
 
- 1. Tables, with a finding a row or a finding a column.
- 2. Items: a label and what is said of it, "Spots: many, holes: few", "**Spots**" above "Many", and
-    "Many: spots". JSON and tables with ticks become such items before (findings_text.unfold).
- 3. Phrases in running text.
+ 1. Items: a label and what is said of it, "Spots: many, holes: few", "**Spots**" above "Many", and
+    "Many: spots". A class is told by its name, or by the words of its phrases without {finding} and
+    without the verb beside it: "absent" of "{finding} are absent".
+ 2. Phrases in running text. A phrase ends with its clause and says nothing where it is denied.
 
-In 1 and 2 a class is told by its name, or by the words of its phrases without {finding} and without
-the verb beside it: "absent" of "{finding} are absent". In 3 a phrase ends with its clause and says
-nothing where it is denied; docs/data.md has the rules and an example of each. Of several mentions
-of a finding the earliest counts.
+docs/data.md has an example of each rule. Of several mentions of a finding the earliest counts.
 """
 
+import itertools
 import re
 from typing import NamedTuple
 
-from .findings_text import is_row, lines_of, table_rows, unfold
+from .findings_text import lines_of
+from .unfold import unfold
 
 GAP = 4  # how many words a * stands for at most
 VERB = r"(?:is|are|was|were|be|been|has|have|had|seems?|appears?|looks?)"
@@ -91,10 +92,10 @@ class Phrases:
         text  str of any length, in which JSON, tables, lists and headings are understood
         Returns {finding: (class, the line or clause that decided)}.
         """
-        text, found = unfold(text), {}
+        text, found = unfold(text, self._label), {}
         if not self._name.search(text):
             return found
-        for way in (self._read_tables, self._read_items, self._read_running):
+        for way in (self._read_items, self._read_running):
             for finding, value, words in way(text):
                 found.setdefault(finding, (value, " ".join(words.split())))
         return found
@@ -110,9 +111,9 @@ class Phrases:
         telling |= {"no", "not", "without", "is", "are", "there", "has", "have", "with"}
         other = "|".join(map(re.escape, sorted(telling)))
         word = rf"(?!(?:{other})\b)[\w-]+\s+"
-        joined = rf"(?:\s*,?\s*\b(?:or|nor)\s+(?:{word}){{0,2}}?|\s*,?\s*(?:\band\s+|&\s*)(?:the\s+)?|" \
-                 r"\s*[,/]\s*)"
-        return re.compile(rf"(?:{name})(?:{joined}(?:{name}))*", re.IGNORECASE)
+        joined = (rf"\s*,?\s*\b(?:or|nor)\s+(?:{word}){{0,2}}?"
+                  r"|\s*,?\s*(?:\band\s+|&\s*)(?:the\s+)?|\s*[,/]\s*")
+        return re.compile(rf"(?:{name})(?:(?:{joined})(?:{name}))*", re.IGNORECASE)
 
     def _findings_in(self, text):
         """The findings that a text names, in order."""
@@ -126,7 +127,8 @@ class Phrases:
         text = MARKS.sub("", text)
         if len(text) > 60 or len(re.findall(r"\w+", self._name.sub("", text))) > 3:
             return ()
-        return () if self._class_of(text) else self._findings_in(text)
+        groups = self._group.findall(text)
+        return self._findings_in(groups[-1]) if groups and not self._class_of(text) else ()
 
     def _class_of(self, said):
         """The class that is told first in what is said of a label; None without any."""
@@ -146,30 +148,10 @@ class Phrases:
         text = MARKS.sub("", text)
         return next((value for value, _, words in self._bare if words.fullmatch(text)), None)
 
-    def _read_tables(self, text):
-        """Yields (finding, class, row) of the tables."""
-        for head, *rows in table_rows(text):
-            findings = [self._label(cell) for cell in head]
-            if sum(map(bool, findings)) > 1:
-                for row in rows:
-                    yield from ((finding, value, cell) for names, cell in zip(findings, row)
-                                if (value := self._class_of(cell)) for finding in names)
-            else:
-                yield from (pair for row in [head, *rows] for pair in self._read_row(row))
-
-    def _read_row(self, row):
-        """Yields (finding, class, row) of a table's row: its first cell that names findings, and
-        its first other cell that tells a class."""
-        at = next((at for at, cell in enumerate(row) if self._label(cell)), None)
-        if at is not None:
-            told = map(self._class_of, row[at + 1:] + row[:at])
-            if value := next(filter(None, told), None):
-                yield from ((finding, value, " | ".join(row)) for finding in self._label(row[at]))
-
     def _read_items(self, text):
         """Yields (finding, class, line) of labels, headings and lists below a class."""
         waiting, ruling, left = (), None, 0
-        for kind, line in lines_of(_without_rows(text)):
+        for kind, line in lines_of(text):
             if kind == "blank":
                 continue
             items = list(self._items(line))
@@ -198,23 +180,22 @@ class Phrases:
         Of "Many: spots" it yields (findings, "Many").
         """
         parts = LABEL_END.split(line)
-        tails = [self._tail(part, first=at == 0) for at, part in enumerate(parts)]
+        tails = [parts[0], *map(self._tail, parts[1:])]
         for at, (label, said) in enumerate(zip(tails, parts[1:])):
             if at + 2 < len(parts):
                 said = said[:len(said) - len(tails[at + 1])]
-            if names := self._label(label):
+            if names := self._label(label[1 + max(label.rfind(mark) for mark in ",;.|("):]):
                 other = self._name.search(said)
                 yield names, said[:other.start()] if other else said
             elif self._class_alone(label) and self._findings_in(said):
                 yield self._findings_in(said), label
 
-    def _tail(self, part, first):
-        """The end of what stands between two labels, which is the second label."""
-        cut = max(part.rfind(mark) for mark in ",;.|(") + 1
-        if cut or first:
+    def _tail(self, part):
+        """The end of what stands between two labels, which is the second label; "" for none."""
+        if cut := 1 + max(part.rfind(mark) for mark in ",;.|("):
             return part[cut:]
         names = [match.start() for match in self._name.finditer(part)]
-        return part[names[-1]:] if names else part
+        return part[names[-1]:] if names else ""
 
     # ------------------------------------------------------------------------------ running text
 
@@ -239,14 +220,15 @@ class Phrases:
             if not self._name.search(chunk):
                 continue
             read = self._read_chunk(chunk)
-            beside = [f"{chunk} {other}" for other in chunks[at + 1:at + 3]]
-            if at and len(chunks[at - 1].split()) < 4 and not self._answers(chunks[at - 1]):
-                beside.append(f"{chunks[at - 1]} {chunk}")
-            for more, other in zip(beside, chunks[at + 1:at + 3] + chunks[at - 1:at]):
-                if self._name.search(other):
-                    break
+            behind = list(itertools.takewhile(lambda other: not self._name.search(other),
+                                              chunks[at + 1:at + 3]))
+            more = [f"{chunk} {other}" for other in behind]
+            before = chunks[at - 1] if at else ""
+            if before and len(before.split()) < 4 and not self._name.search(before):
+                more += [] if self._answers(before) else [f"{before} {chunk}"]
+            for text in more:
                 if set(self._findings_in(chunk)) - read.keys():
-                    read = self._read_chunk(more) | read
+                    read = self._read_chunk(text) | read
             yield from read.items()
 
     def _answers(self, chunk):
@@ -289,7 +271,7 @@ class Phrases:
         lower = marked.lower()
         for value, expression, denies, words in self._phrases:
             if all(word in lower for word in words):
-                for match in expression.finditer(marked):
+                for match in _overlapping(expression, marked):
                     hit = _hit(match, value)
                     # what may deny it stands before its words, or between the finding and the last
                     said = marked[:hit.start] if hit.leads else match[0][:-len(words[-1])]
@@ -346,9 +328,10 @@ def _running(phrase):
 
 
 def _beside(value):
-    """The expression of a class's name directly behind a finding: "spots (many) and holes (few)"."""
-    return re.compile(rf"(?:^|\band\b)[^\w\x00]*\x00(?P<group>\d+)\x00[^\w\x00]+{_source(str(value))}"
-                      r"(?=[^\w\x00]*(?:$|\band\b))", re.IGNORECASE)
+    """The expression of a class's name beside a finding: "spots (many) and holes (few)"."""
+    mark = r"[^\w\x00]"
+    return re.compile(rf"(?:^|\band\b){mark}*\x00(?P<group>\d+)\x00{mark}+{_source(str(value))}"
+                      rf"(?={mark}*(?:$|\band\b))", re.IGNORECASE)
 
 
 def _bare_words(classes, positive):
@@ -380,6 +363,14 @@ def _without_finding(phrase):
     return words
 
 
+def _overlapping(expression, text):
+    """Yields the matches of an expression, also those that begin inside another."""
+    match = expression.search(text)
+    while match:
+        yield match
+        match = expression.search(text, match.start() + 1)
+
+
 def _hit(match, value):
     """The _Hit of a match of a phrase's expression."""
     group = match.start("group") - 1, match.end("group") + 1
@@ -390,7 +381,3 @@ def _hit(match, value):
     return _Hit(joins, len(match[0].split()), match.start(), words, value, int(match["group"]),
                 leads)
 
-
-def _without_rows(text):
-    """The text without the rows of its tables."""
-    return "\n".join(line for line in text.splitlines() if not is_row(line))

@@ -123,8 +123,10 @@ def test_a_fault_in_a_task_file_names_the_file_and_what_was_expected(tmp_path, c
     ("no effusion is seen, though effusion severe was reported", {"Effusion": "absent"}),
     # and the nearest class
     ("effusion mild to severe", {"Effusion": "mild"}),
+    # joined findings share what is said
+    ("effusion and edema look severe", {"Effusion": "severe", "Edema": "severe"}),
     # * does not jump over edema, nor over a finding of two words
-    ("effusion and edema look severe", {"Edema": "severe"}),
+    ("effusion near edema looks severe", {"Edema": "severe"}),
     ("edema beside pleural fluid: mild", {"Effusion": "mild"}),
     # four words at most
     ("effusion one two three four mild", {"Effusion": "mild"}),

@@ -166,6 +166,22 @@ def test_sections_by_other_names(text, section, expected):
     assert datasets.report_sections(text)[section].strip() == expected
 
 
+@pytest.mark.parametrize("header, name", [
+    ("FINDING", "findings"), ("FINDNGS", "findings"), ("FINIDNGS", "findings"),
+    ("RIBS", "findings"), ("LEFT RIBS AND CHEST", "findings"), ("BONE WINDOWS", "findings"),
+    ("TWO VIEWS", "findings"), ("AP VIEW", "findings"), ("PA AND LAT", "findings"),
+    ("FRONTAL UPRIGHT", "findings"), ("REFERENCE FINDINGS", "findings"),
+    ("VIEWS", "views"), ("UPRIGHT", "upright"), ("AP", "ap"), ("LATERAL", "lateral"),
+    ("RADIOGRAPH", "radiograph"), ("PA", "pa"),
+    ("IMPRESSON", "impression"), ("FINDINGS/IMPRESSION", "impression"), ("MPRESSION", "impression"),
+    ("COMPARISIONS", "comparison"), ("PRIOR COMPARISON FILM", "comparison"),
+    ("REASON FOR EXAM", "indication"), ("CLINICAL HISTORY", "history"), ("WETREAD", "wet read"),
+    ("TYPE OF EXAMINATION", "examination"), ("RECOMMENDATION(S)", "recommendations"),
+    ("SUMMARY", "summary"), ("TECHNIQUE", "technique")])
+def test_headers_are_called_as_the_reference_parser_calls_them(header, name):
+    assert name in datasets.report_sections(f"\n {header}: \n said\n")
+
+
 def test_an_empty_findings_section_is_none():
     assert "findings" not in datasets.report_sections("\n FINDINGS: \n \n IMPRESSION: Clear.\n")
 

@@ -116,7 +116,7 @@ MATTERS = {
          "consolidation.",
          {OPA: 1, ATE: -1, CON: -1}),
         ("The lungs are clear of focal consolidation.", {CON: 0}),
-        ("There is no definite consolidation.", {CON: -1}),
+        ("There is no definite consolidation.", {CON: 0}),
         ("No obvious consolidation.", {CON: 0}),
         ("No new consolidation.", {CON: -1}),
         ("There is no new focal consolidation or effusion.", {CON: -1, EFF: -1}),
@@ -616,7 +616,7 @@ LATER = {
         ('{"Pneumonia": 0.03}', {}),
         ('{"answer": "Yes"}', {}),
         ("{}", {}),
-        ('{"Pneumothorax": "absent", "Edema": ', {PNX: 0, EDE: 1}),
+        ('{"Pneumothorax": "absent", "Edema": ', {PNX: 0, NOF: 1}),
     ],
 }
 

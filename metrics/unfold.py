@@ -1,0 +1,211 @@
+"""The layouts of an answer as lines "finding: value": JSON, tables, blocks, several labels a line.
+
+    unfold('{"Edema": true, "Fracture": null}', ...)              -> "Edema: yes"
+    unfold("| Edema | Fracture |\\n|---|---|\\n| no | yes |", ...)  -> "Edema: no", "Fracture: yes"
+    unfold("### Edema\\n- Side: left\\n- Status: absent", ...)      -> "Edema: absent", "Side: left"
+    unfold("Edema: no, fracture: yes", ...)                       -> "Edema: no", "fracture: yes"
+
+Both readers (findings.py, phrases.py) unfold a text before they read it. Running text stays as it
+is. O(length).
+"""
+
+import ast
+import json
+import re
+
+# Keys that hold the name of a finding, and keys that hold what is said of it, the first one first.
+NAMES = ("finding", "label", "name", "diagnosis", "condition", "observation", "pathology",
+         "abnormality", "disease")
+STATES = ("present", "presence", "detected", "status", "value", "answer", "result", "state",
+          "verdict", "found", "visible", "seen", "exists", "grade", "severity")
+
+LONGEST_BLOCK = 12  # lines
+
+_JSON_START = re.compile(r"(?:^|(?<=: ))[ \t]*(?=[{\[])", re.MULTILINE)
+_DECODER = json.JSONDecoder()
+_FENCE = re.compile(r"^ *```\w* *$", re.MULTILINE)
+_SENTENCE = re.compile(r"[.:;](?:\s|$)")
+_TICK = re.compile(r"[xX✓✔✅☑☒]|\[[xX]\]|\([xX]\)")
+_MARK = re.compile(rf"(?:{_TICK.pattern}|[-–☐]|\[ ?\]|\( ?\))?")
+_ARROW = re.compile(r" *(?:-+>|=+>|→|⇒) *| = ")
+_SIDES = re.compile(r"\b(left|right) ?: *(\w+ ?), ?(left|right) ?:", re.IGNORECASE)
+_LABELLED = re.compile(r"[\W\d]*[^:;,.|]{2,60}:\W*\s")
+_NEXT_LABEL = re.compile(r"[,;]\s+(?=[\W\d]*[^\W\d][^:;,.|]{0,40}:\W*\s)")
+_HEADING = re.compile(
+    r"\W*(?:\d{1,2}[.)]\s*)?(?:\w+[\s*_]*:[\s*_]*)?([^\W\d][^:.|]{0,59}?)[\s*_:]*")
+_PROPERTY = re.compile(r"\W*([^\W\d][\w ]{0,24}?)[*_]*\s*:[*_\s]*(\S.*)")
+
+
+def unfold(text, names_finding):
+    """Lays a text out in lines.
+
+    text           str of any length
+    names_finding  names_finding(cell) says whether a cell of a table's head names a finding
+    Returns the text with its JSON, tables and blocks as lines "finding: value". "left: no, right:
+    yes" loses its colons.
+    """
+    text = _without_json(text)
+    lines, rows = [], []
+    for line in [*text.split("\n"), ""]:
+        if is_row(line):
+            rows.append(line)
+            continue
+        lines += _table_lines(rows, names_finding) if rows else []
+        lines.append(line)
+        rows = []
+    lines = [_ARROW.sub(": ", _SIDES.sub(r"\1 \2, \3", line)) for line in lines[:-1]]
+    return "\n".join(part for line in _without_blocks(lines) for part in _labels(line))
+
+
+def _labels(line):
+    """A line, cut before each label but the first: "Edema: no, fracture: yes"."""
+    return _NEXT_LABEL.split(line) if _LABELLED.match(line) else [line]
+
+
+# -------------------------------------------------------------------------------------------- JSON
+
+def _without_json(text):
+    """The text with its JSON as lines; JSON begins a line or stands behind a colon."""
+    parts, end = [], 0
+    for match in _JSON_START.finditer(text):
+        if match.start() < end:
+            continue
+        try:
+            value, stop = _decode(text, match.end())
+        except (ValueError, SyntaxError):
+            continue
+        except (RecursionError, MemoryError):
+            break
+        items = [value] if isinstance(value, dict) else value
+        # "[1] Edema" is a reference, "[ ]" a box
+        if items and all(isinstance(item, (dict, str)) for item in items):
+            parts += [text[end:match.start()], "\n".join(["", *_json_lines(value), ""])]
+            end = stop
+    return _FENCE.sub("", "".join([*parts, text[end:]])) if parts else text
+
+
+def _decode(text, start):
+    """(value, end) of the JSON at a place of a text, or of a Python literal with single quotes.
+
+    Raises ValueError or SyntaxError where there is neither, RecursionError or MemoryError where it
+    is too deep.
+    """
+    try:
+        return _DECODER.raw_decode(text, start)
+    except ValueError:
+        if not re.match(r"[{\[]\s*\{?\s*'", text[start:start + 20]):
+            raise
+    end = 1 + max(text.rfind("}"), text.rfind("]"))
+    return ast.literal_eval(text[start:end]), end
+
+
+def _json_lines(value, label=""):
+    """The lines of a JSON value that is said of `label`, one after the other.
+
+    {"Edema": true} and {"finding": "Edema", "present": true} give "Edema: yes"; null says nothing;
+    lists are bullets below their name.
+    """
+    if isinstance(value, dict):
+        return _object_lines(value, label)
+    if isinstance(value, (list, tuple)):
+        return _list_lines(value, label)
+    if isinstance(value, bool):
+        value = "yes" if value else "no"
+    return [] if value is None else [f"{label}: {value}"]
+
+
+def _list_lines(value, label):
+    """Yields the lines of a JSON list that is said of `label`."""
+    yield f"\n{label}:" if label else ""
+    for item in value:
+        yield from [f"- {item}"] if isinstance(item, str) else _json_lines(item)
+
+
+def _object_lines(value, label):
+    """Yields the lines of a JSON object that is said of `label`."""
+    value = {re.sub("(?<=[a-z])(?=[A-Z])|_", " ", str(key)): item for key, item in value.items()}
+    keys = {_plain(key): key for key in value}
+    named = next((keys[key] for key in NAMES if isinstance(value.get(keys.get(key)), str)), None)
+    state = next((keys[key] for key in STATES if key in keys), None)
+    others = [key for key, item in value.items() if key != named and isinstance(item, (bool, str))]
+    if named and not state and len(others) == 1:
+        state = others[0]  # {"finding": "Edema", "course": "stable"}
+    name = value[named] if named else label
+    if named and not state:
+        yield f"{name}."
+    elif name and state:
+        yield from _json_lines(value[state], name)
+    elif label and keys.keys() <= {"left", "right"}:
+        sides = [line.replace(":", "") for key, item in value.items()
+                 for line in _json_lines(item, key)]
+        yield f"{label}: " + ", ".join(sides)
+        return
+    for key, item in value.items():
+        if key not in (named, state if name else None):
+            yield from _json_lines(item, key)
+
+
+def _plain(key):
+    """A key as NAMES and STATES have it: "is present" -> "present", "finding name" -> "finding"."""
+    return re.sub(r"^(?:is|was) | name$", "", key.lower())
+
+
+# ------------------------------------------------------------------------------- tables and blocks
+
+def is_row(line):
+    """Whether a line is a row of a table: "| Edema | no |" or "Edema | no"."""
+    return line.lstrip().startswith("|") or (" | " in line and not _SENTENCE.search(line))
+
+
+def cells_of(line):
+    """The cells of a table's row, without the blanks around them."""
+    return [cell.strip() for cell in line.strip().strip("|").split("|")]
+
+
+def _table_lines(rows, names_finding):
+    """The lines of a table.
+
+    Where the columns are findings, "finding: cell"; where they are ticked, "finding: column", and a
+    row without a tick, or with several, says nothing; else the rows as they are.
+    """
+    head, *body = [cells_of(row) for row in rows if row.strip("|-: \t")] or [[]]
+    findings = [cell for cell in head if names_finding(cell)]
+    if len(findings) > 1 and not any(names_finding(row[0]) for row in body):
+        return [f"{finding}: {cell}" for row in body for finding, cell in zip(head, row)
+                if cell and finding in findings]
+    marks = [cell for row in body for cell in row[1:]]
+    if not all(map(_MARK.fullmatch, marks)) or not any(map(_TICK.fullmatch, marks)):
+        return rows
+    lines = []
+    for name, *cells in body:
+        ticked = [option for option, cell in zip(head[1:], cells) if _TICK.fullmatch(cell)]
+        lines += [f"{name}: {option}" for option in ticked[:1] if len(ticked) == 1]
+    return lines
+
+
+def _without_blocks(lines):
+    """Yields the lines; a heading with properties below it becomes "heading: state" before them.
+
+    A block is a name by itself, or "Finding: name", and below it lines "property: value" of which
+    one property is of STATES, LONGEST_BLOCK lines at most.
+    """
+    at = 0
+    while at < len(lines):
+        heading = _HEADING.fullmatch(lines[at])
+        end = at + 1
+        properties = []
+        while heading and end < min(len(lines), at + LONGEST_BLOCK):
+            match = _PROPERTY.fullmatch(lines[end])
+            if lines[end].strip() and not match or match and _plain(match[1]) in NAMES:
+                break
+            properties += [match] if match else []
+            end += 1
+        state = next((match for match in properties if _plain(match[1]) in STATES), None)
+        if state is None:
+            yield lines[at]
+            at += 1
+            continue
+        yield f"{heading[1]}: {state[2]}"
+        yield from (match[0] for match in properties if match is not state)
+        yield ""
+        at = end
