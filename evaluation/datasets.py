@@ -219,26 +219,30 @@ MS_CXR_T = {
 
 # the words of a radiologist's comparison
 _COURSE = {
-    "improving": "improving improved improvement better decreased decreasing decrease smaller "
-                 "resolved resolving resolution cleared clearing",
-    "stable": "stable unchanged unaltered persistent persists persisting similar constant",
-    "worsening": "worsening worsened worse increased increasing increase larger enlarged enlarging "
-                 "progressed progressing",
+    "improving": (
+        "improving", "improved", "improvement", "better", "decreased", "decreasing", "decrease",
+        "smaller", "less extensive", "resolved", "resolving", "resolution", "cleared", "clearing"),
+    "stable": (
+        "stable", "unchanged", "unaltered", "persistent", "persists", "persisting", "similar",
+        "constant"),
+    "worsening": (
+        "worsening", "worsened", "worse", "increased", "increasing", "increase", "larger",
+        "more extensive", "enlarged", "enlarging", "enlargement", "grown", "growing",
+        "progressed", "progressing"),
 }
-
-
 # denied, they say that the finding is as it was: "no significant change", "has not improved"
-_CHANGE = ("change changed improvement improved improving worsening worsened worse increase "
-           "increased decrease decreased progressed progression resolved cleared larger smaller")
+_CHANGE = ("change", "changed", "improvement", "improved", "improving", "worsening", "worsened",
+           "worse", "increase", "increased", "decrease", "decreased", "progressed", "progression",
+           "resolved", "cleared", "larger", "smaller")
 
 
 def _phrases(course):
     """The phrases of a course: a word behind the finding, or before it as in "decrease in the size
     of the left effusion", and what is said where a change is denied."""
-    phrases = [phrase for word in _COURSE[course].split()
-               for phrase in (f"{{finding}} * {word}", f"{word} * * {{finding}}")]
+    phrases = [phrase for word in _COURSE[course]
+               for phrase in (f"{{finding}} * * {word}", f"{word} * * {{finding}}")]
     if course == "stable":
-        phrases += [phrase for word in _CHANGE.split()
+        phrases += [phrase for word in _CHANGE
                     for phrase in (f"no * {word} * {{finding}}", f"{{finding}} * no * {word}",
                                    f"{{finding}} * not * {word}")]
     return phrases

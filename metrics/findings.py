@@ -301,10 +301,12 @@ def _sweep_right(events, state):
 def _sweep_left(events):
     """Carries cues to what precedes them: sets `after` and `status_after` of each event."""
     state = status = None
-    verbs, used, listed, beside = 0, False, False, False
+    verbs, used, listed, beside, apart = 0, False, False, False, False
     for event in reversed(events):
         kind = event.kind
-        event.after, event.status_after = state, status
+        # "widened mediastinum, heart normal": the first has a status of its own
+        event.after, event.status_after = state, None if apart and event.status_before else status
+        apart = apart or kind == ","
         turns_left = kind.endswith("<>") and not event.rules_right
         if kind in _TARGETS:
             used, beside = True, False
@@ -327,7 +329,7 @@ def _sweep_left(events):
         if event.status and not event.rules_right:
             joined = status and (beside or (kind == "stable" and not used))  # "normal and stable"
             status = max(event.status, status, key=_STRENGTH) if joined else event.status
-            verbs, used, beside = 0, False, True
+            verbs, used, beside, apart = 0, False, True, False
 
 
 def _mark_contrasts(events):
@@ -474,10 +476,11 @@ def _calls_normal(events):
 
 def _list_state(text, events):
     """What a label says of the list below it: "neg", "unc" or None."""
-    only = events[0].kind if len(events) == 1 else ""
+    kinds = [event.kind for event in events if event.kind not in ("copula", "disease", "noun")]
+    only = kinds[0] if len(kinds) == 1 else ""
     if only.startswith("neg<") or text.startswith("negative"):
         return "neg"
-    return "unc" if only.startswith("unc<") else None
+    return "unc" if only.startswith("unc<") or "differential" in text else None
 
 
 def _is_generic(text, events):
@@ -562,7 +565,7 @@ def _is_foreign(text):
     if not _may_be_foreign(text):
         return False
     for word in _WORD.findall(text.lower().replace("de novo", "")):
-        foreign += 2 * (word in vocabulary.FOREIGN or not (word.isascii() or _LATIN.search(word)))
+        foreign += 3 * (word in vocabulary.FOREIGN or not (word.isascii() or _LATIN.search(word)))
         foreign += word in vocabulary.RATHER_FOREIGN or not word.isascii()
         english += 2 * (word in vocabulary.ENGLISH)
     return foreign > max(1, english)

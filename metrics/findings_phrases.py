@@ -83,10 +83,13 @@ NOT_MENTIONS = (
     "|no ~ increase/decrease/worsening/progression/improvement"
     "|not ~ displaced/larger/smaller/worse|no more/less than"
     "|consistent/compatible/keeping/associated/along/together with|when compared"
-    "|previously seen/noted/described/identified"
-    "|seen/noted/described/identified/present last/yesterday/earlier/before/previously"
-    "|seen/noted/described/identified/present on ct/prior/previous"
-    "|seen/noted/described/identified/present on the ct/prior/previous/earlier/last"
+    "|previously seen/noted/described/identified/visible/reported/demonstrated"
+    "|seen/noted/described/identified/present/visible/reported/shown/demonstrated/evident"
+    " last/yesterday/earlier/before/previously"
+    "|seen/noted/described/identified/present/visible/reported/shown/demonstrated/evident"
+    " on/in ct/prior/previous"
+    "|seen/noted/described/identified/present/visible/reported/shown/demonstrated/evident"
+    " on/in the ct/prior/previous/earlier/last/outside"
     "|not ~ seen/present previously"
     "|not ~ seen/present on/in prior/previous|not ~ seen/present on/in the prior/previous"
     "|no/without prior/comparison|that/which is/are/was|or two/three/more"
@@ -107,11 +110,13 @@ CUES = {
         "|is/are negative for|free of/from|denies|clear/cleared/absence/lack/devoid/none of"
         "|low likelihood/probability/suspicion of|low suspicion for|nothing to suggest/indicate"
         "|excludes|rules/ruling out|argue/argues/arguing/speak/speaks against|evidence against"
-        "|disappearance of|resolution/clearing/removal of|rather than|instead of"
+        "|disappearance of|lacks|lacking|mimic*|simulat*|disagree*|rejects|false/incorrect/wrong that"
+        "|not true/correct that|resolution/clearing/removal of|rather than|instead of"
         "|as opposed to|fails to|negative findings|pertinent negatives"
         "|cannot ~ see/identify/detect"),
     "unc": (
         "may|might|could|would|can be/represent/reflect/indicate"
+        "|equivocal/indeterminate/inconclusive for"
         "|suspicious/suspicion/concern/concerns/concerning/worrisome for|suspicion of|suspect"
         "|question|question/suggestion/possibility/chance of|doubt|doubtful|than|favor*|favour*"
         "|consider|differential|whether|rule out"
@@ -119,11 +124,13 @@ CUES = {
     "unc!": (
         "no/without new|with or without|cannot/not ~ exclude|cannot/not ~ rule out"
         "|unable to exclude"
-        "|not sure/certain|not clear if/whether|unsure|unable to rule out|no evidence to rule out"),
+        "|not sure/certain|not sure/certain/clear if/whether|unsure|unsure if/whether"
+        "|cannot distinguish|impossible/hard/difficult to distinguish|unable to rule out|no evidence to rule out"),
     "ign": (
         "if|if there|when|history of|risk of/for"
         "|evaluate/evaluation/assess/assessment/look/looking/check/monitor/monitoring/screen for"
         "|evaluation/symptoms of|recommend*|basis for diagnosing|basis for/of the diagnos* of"
+        "|considered|at first|initially thought|first/initially thought of|initial impression was"
         "|to determine/confirm|diagnosed with/as|in case/cases of|in patients with"
         "|cannot ~ determine/confirm/diagnose/assess/tell/say/interpret/provide/comment"
         "|not able/capable to/of|unable to"
@@ -134,12 +141,14 @@ CUES = {
         "not ~ seen/present/identified/evident/visible/visualized/noted/demonstrated/detected"
         "/appreciated/apparent/found/shown/observed"
         "|not appear ~ present/visible/evident"
-        "|no longer ~ seen/present/visible/identified/evident/visualized/appreciated/noted"
+        "|no longer ~ seen/present/visible/identified/evident/visualized/appreciated/noted/apparent"
+        "|no longer ~ detected/detectable/demonstrated/shown/found/there/observed"
+        "|incorrect|untrue|not ~ met|not ~ detectable"
         "|not ~ suspected/suggested|excluded|ruled out|none|nil|false|is/are negative"
         "|not the case"
         "|cannot ~ seen/identified/detected/visualized"),
     "unc<": (
-        "cannot/not ~ excluded|cannot/not ~ ruled out|difficult/hard to exclude"
+        "cannot/not ~ excluded|cannot/not ~ ruled out|cannot/not ~ distinguished"
         "|may/might/could/would/should not ~ excluded|may/might/could/would/should not ~ ruled out"
         "|should/could/may ~ considered|a consideration/possibility|in the differential"
         "|may/might/could ~ present|may/could have this appearance|of concern|questioned"
@@ -154,7 +163,8 @@ CUES = {
     "neg<>": "resolved|cleared|removed|unlikely|absent|disappeared|vanished|gone",
     "unc<>": (
         "possible|possibly|probable|probably|questionable|suspected|potential|potentially"
-        "|presumed|presumably|perhaps|maybe|equivocal|less likely|conceivable|conceivably"
+        "|difficult/hard/impossible to exclude|may/might/could/would be difficult/hard/impossible"
+        " to exclude|presumed|presumably|perhaps|maybe|equivocal|less likely|conceivable|conceivably"
         "|uncertain|unclear|inconclusive"),
     "normal": (
         "normal|negative|unremarkable|within normal limits|upper limit/limits of normal"
@@ -259,7 +269,7 @@ ENGLISH = frozenset(
     "the is are was were no of and there with without in on at a an or not this that be has have "
     "been may likely seen normal to for by from it as left right small new stable mild".split())
 FOREIGN = frozenset(
-    "pas de du sont avec sans pour dans aucun aucune une "
+    "nein nee pas de du sont avec sans pour dans aucun aucune une "
     "der dem den ein eine einen kein keine keinen ist sind und oder nicht mit ohne zeigt kann auf "
     "las unas del hay ningun ninguna sin gli di della nel nessun nessuna senza sem nao uma dos das "
     "het een van geen niet zonder brak jest bez ingen intet inget ikke inte och yok ve".split())

@@ -26,21 +26,25 @@ from .findings_text import lines_of
 from .unfold import unfold
 
 GAP = 4  # how many words a * stands for at most
+REACH = 120  # how many characters before a class what denies it is looked for
 VERB = r"(?:is|are|was|were|be|been|has|have|had|seems?|appears?|looks?)"
 # "not many spots", "no sign of many spots"; "not only many spots" denies nothing
-DENIAL = (r"(?:\b(?:no|not|never|neither|nor|without|hardly|cannot)|n't)\b"
+DENIAL = (r"(?:\b(?:no|not|never|neither|nor|without|hardly|cannot|rather than|instead of|far from"
+          r"|less than|anything but|doubt|false|untrue|incorrect|wrong|unlikely)|n't)\b"
           r"(?! (?:only|just|doubt|question))")
+# "I would not call the spots severe", "it is unclear whether they are severe"
+CALLED = re.compile(rf"{DENIAL}\W+(?:call|say|describe|consider|rate|grade|think)\b"
+                    r"|\b(?:whether|unclear|uncertain|false|untrue|incorrect|wrong|doubt)\b", re.IGNORECASE)
 DENIES = re.compile(DENIAL, re.IGNORECASE)
 # but "not severe but mild" says mild
-DENIED = re.compile(rf"{DENIAL}\W+(?:(?!but\b)\w+\s+){{0,3}}$", re.IGNORECASE)
+DENIED = re.compile(rf"{DENIAL}\W+(?:(?!(?:but|and)\b)\w+\s+){{0,4}}$", re.IGNORECASE)
 # A comma is looked at by itself.
 CLAUSE_END = re.compile(
     r"[.;!?](?=\s|$)|[\n|\"{}\[\]]|:\s|\s[-–—]+\s|—"
     r"|\b(?:while|whereas|although|though|however)\b", re.IGNORECASE)
 CHUNK_END = re.compile(r",|\b(?=but\b)", re.IGNORECASE)
-QUESTION = re.compile(r"\s*(?:is|are|was|were|does|do|did|can|could|what|which|how)\b.*\?\s*$",
-                      re.IGNORECASE | re.DOTALL)
-LABEL_END = re.compile(r"\s*[:=]\s*|\s+[-–—]+>?\s+|\s*—\s*")
+SUPPOSED = re.compile(r"\bif\b[^,]*", re.IGNORECASE)
+LABEL_END = re.compile(r"\s*[:=]\s*|\s+[-–—]+>?\s+|\s*—\s*|\?\s+")
 MARKS = re.compile(r"^[\W_]*(?:\(?\d{1,2}[.)]\s+)?[\W_]*|[\W_]+$")
 HEADING = re.compile(r"\s*(?:#|\*\*[^*]+\*\*:?\s*$|.*:\s*$)")
 
@@ -137,7 +141,7 @@ class Phrases:
             if needle not in lower:
                 continue
             for match in expression.finditer(said):
-                if not DENIED.search(said[:match.start()]):
+                if not DENIED.search(said[max(0, match.start() - REACH):match.start()]):
                     if first is None or match.start() < first[0]:
                         first = match.start(), value
                     break
@@ -156,7 +160,7 @@ class Phrases:
                 continue
             items = list(self._items(line))
             for names, said in items:
-                if value := self._class_of(said):
+                if (value := self._class_of(said)) and not said.rstrip().endswith("?"):
                     yield from ((finding, value, line) for finding in names)
             heading = () if items else self._label(line.rsplit(":", 1)[-1] or line)
             if heading or items or self._name.search(line) or HEADING.match(line):
@@ -205,8 +209,10 @@ class Phrases:
             start = 0
             for match in [*CLAUSE_END.finditer(line), None]:
                 clause = line[start:match.end() if match else len(line)]
-                if self._name.search(clause) and not QUESTION.match(clause):
-                    for pair in self._read_clause(clause.rstrip(".;!?:|\"{}[]")):
+                # what is asked or supposed says nothing
+                if self._name.search(clause) and not clause.rstrip().endswith("?"):
+                    said = SUPPOSED.sub("", clause.rstrip(".;!:|\"{}[]"))
+                    for pair in self._read_clause(said):
                         yield *pair, clause
                 start = match.end() if match else start
 
@@ -254,11 +260,11 @@ class Phrases:
             return f"\x00{len(groups) - 1}\x00"
 
         marked = self._group.sub(number, chunk)
-        read, taken = {}, []
+        read, taken = {}, bytearray(len(marked))
         for hit in sorted(self._hits(marked)):
-            if any(hit.words[0] < end and start < hit.words[1] for start, end in taken):
+            if any(taken[slice(*hit.words)]):
                 continue  # a class is told of the findings that are nearest
-            taken.append(hit.words)
+            taken[slice(*hit.words)] = b"x" * (hit.words[1] - hit.words[0])
             read.setdefault(hit.group, {}).setdefault(hit.leads, hit)
         told = {}
         for group, hits in sorted(read.items()):
@@ -274,8 +280,10 @@ class Phrases:
                 for match in _overlapping(expression, marked):
                     hit = _hit(match, value)
                     # what may deny it stands before its words, or between the finding and the last
-                    said = marked[:hit.start] if hit.leads else match[0][:-len(words[-1])]
-                    if denies or not DENIED.search(said):
+                    before = marked[max(0, hit.start - REACH):hit.start]
+                    said = before if hit.leads else match[0][:-len(words[-1])]
+                    called = CALLED.search(marked[max(0, match.start() - REACH):match.start()])
+                    if not called and (denies or not DENIED.search(said)):
                         yield hit
         for value, expression in self._beside:
             if str(value).lower() in lower:

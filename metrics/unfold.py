@@ -17,11 +17,15 @@ import re
 NAMES = ("finding", "label", "name", "diagnosis", "condition", "observation", "pathology",
          "abnormality", "disease")
 STATES = ("present", "presence", "detected", "status", "value", "answer", "result", "state",
-          "verdict", "found", "visible", "seen", "exists", "grade", "severity")
+          "verdict", "found", "visible", "seen", "observed", "exists", "positive", "grade",
+          "severity", "class", "classification", "category", "prediction", "level", "degree",
+          "rating", "assessment")
 
 LONGEST_BLOCK = 12  # lines
+MOST_FAULTY = 50  # places that look like JSON and are none, before no more are tried
 
-_JSON_START = re.compile(r"(?:^|(?<=: ))[ \t]*(?=[{\[])", re.MULTILINE)
+# an object anywhere, a list where a line begins or behind a colon
+_JSON_START = re.compile(r"(?=\{\s*[\"'}])|(?:^|(?<=: ))[ \t]*(?=[{\[])", re.MULTILINE)
 _DECODER = json.JSONDecoder()
 _FENCE = re.compile(r"^ *```\w* *$", re.MULTILINE)
 _SENTENCE = re.compile(r"[.:;](?:\s|$)")
@@ -32,8 +36,13 @@ _SIDES = re.compile(r"\b(left|right) ?: *(\w+ ?), ?(left|right) ?:", re.IGNORECA
 _LABELLED = re.compile(r"[\W\d]*[^:;,.|]{2,60}:\W*\s")
 _NEXT_LABEL = re.compile(r"[,;]\s+(?=[\W\d]*[^\W\d][^:;,.|]{0,40}:\W*\s)")
 _HEADING = re.compile(
-    r"\W*(?:\d{1,2}[.)]\s*)?(?:\w+[\s*_]*:[\s*_]*)?([^\W\d][^:.|]{0,59}?)[\s*_:]*")
-_PROPERTY = re.compile(r"\W*([^\W\d][\w ]{0,24}?)[*_]*\s*:[*_\s]*(\S.*)")
+    rf"\W*(?:\d{{1,2}}[.)]\s*)?(?:(?:{'|'.join(NAMES)})[\s*_]*:[\s*_]*)?"
+    r"([^\W\d][^:.|]{0,59}?)[\s*_:]*", re.IGNORECASE)
+# two columns apart by a tab or by blanks, and "finding,verdict"
+_COLUMNS = re.compile(r"([^\s.,:;][^.,:;\t]{0,39}?)(?:\t+| {2,})([^\s.,:;][^.,:;\t]{0,39})\.?")
+_VERDICT = re.compile(r"([^\W\d][^.,:;]{1,39}),\s*(yes|no|y|n|true|false|present|absent|positive"
+                      r"|negative|none|0|1)(?:,.*)?", re.IGNORECASE)
+_PROPERTY = re.compile(r"\W*([^\W\d][\w ]{0,24}?)[*_]*\s*:[*_\s]*([^\s*_].*)")
 
 
 def unfold(text, names_finding):
@@ -44,7 +53,7 @@ def unfold(text, names_finding):
     Returns the text with its JSON, tables and blocks as lines "finding: value". "left: no, right:
     yes" loses its colons.
     """
-    text = _without_json(text)
+    text = _without_json(_without_tags(text))
     lines, rows = [], []
     for line in [*text.split("\n"), ""]:
         if is_row(line):
@@ -53,8 +62,23 @@ def unfold(text, names_finding):
         lines += _table_lines(rows, names_finding) if rows else []
         lines.append(line)
         rows = []
-    lines = [_ARROW.sub(": ", _SIDES.sub(r"\1 \2, \3", line)) for line in lines[:-1]]
+    lines = [_ARROW.sub(": ", _SIDES.sub(r"\1 \2, \3", _two_columns(line))) for line in lines[:-1]]
     return "\n".join(part for line in _without_blocks(lines) for part in _labels(line))
+
+
+def _without_tags(text):
+    """The text with the tables and lists of HTML as lines."""
+    if not re.search(r"<(?:td|th|li|br)\b", text, re.IGNORECASE):
+        return text
+    text = re.sub(r"</t[dh]>\s*<t[dh][^>]*>", " | ", text, flags=re.IGNORECASE)
+    text = re.sub(r"<(?:tr|li|br|p|h\d)\b[^>]*>", "\n", text, flags=re.IGNORECASE)
+    return re.sub(r"</?[a-z]\w{0,9}[^<>]{0,80}>", "", text, flags=re.IGNORECASE)
+
+
+def _two_columns(line):
+    """A line of two columns, or "finding,verdict", as "finding: verdict"; else as it is."""
+    match = _COLUMNS.fullmatch(line.strip()) or _VERDICT.fullmatch(line.strip())
+    return f"{match[1]}: {match[2]}" if match else line
 
 
 def _labels(line):
@@ -66,13 +90,16 @@ def _labels(line):
 
 def _without_json(text):
     """The text with its JSON as lines; JSON begins a line or stands behind a colon."""
-    parts, end = [], 0
+    parts, end, failed = [], 0, 0
     for match in _JSON_START.finditer(text):
         if match.start() < end:
             continue
+        if failed == MOST_FAULTY:
+            break
         try:
             value, stop = _decode(text, match.end())
         except (ValueError, SyntaxError):
+            failed += 1
             continue
         except (RecursionError, MemoryError):
             break
@@ -109,8 +136,9 @@ def _json_lines(value, label=""):
         return _object_lines(value, label)
     if isinstance(value, (list, tuple)):
         return _list_lines(value, label)
-    if isinstance(value, bool):
-        value = "yes" if value else "no"
+    if isinstance(value, bool) or value in ("Y", "N", "y", "n"):
+        value = "yes" if value in (True, "Y", "y") else "no"
+    label = re.sub(r"^(?:has|is|shows) | (?:present|detected|seen|found)$", "", label)
     return [] if value is None else [f"{label}: {value}"]
 
 
@@ -173,8 +201,12 @@ def _table_lines(rows, names_finding):
     if len(findings) > 1 and not any(names_finding(row[0]) for row in body):
         return [f"{finding}: {cell}" for row in body for finding, cell in zip(head, row)
                 if cell and finding in findings]
+    if {"left", "right"} <= {cell.lower() for cell in head}:
+        return [f"{name}: " + ", ".join(f"{cell} on the {side}" for side, cell in zip(head[1:], cells))
+                for name, *cells in body]
     marks = [cell for row in body for cell in row[1:]]
-    if not all(map(_MARK.fullmatch, marks)) or not any(map(_TICK.fullmatch, marks)):
+    is_ruled = len(rows) > 1 and not rows[1].strip("|-: \t")
+    if not (is_ruled and all(map(_MARK.fullmatch, marks)) and any(map(_TICK.fullmatch, marks))):
         return rows
     lines = []
     for name, *cells in body:

@@ -64,14 +64,15 @@ def test_all_stages_run_on_real_films_and_give_the_same_twice(script, tmp_path):
         out = tmp_path / run
         pi_st, positives = out / "spd" / "student", out / "positives" / "positives.jsonl"
         script("spd.py", *inputs, "--student", tmp_path / "base", "--output_dir", out / "spd",
-               "--preset", "demo", "--global_batch", 4, "--num_epochs", 6,
+               "--preset", "demo", "--global_batch", 4, "--num_epochs", 4,
                "--learning_rate", 2e-3, "--logging_steps", 1)
         script("selfdistill.py", *inputs, "--student", pi_st, "--output_dir", out / "positives",
                "--preset", "demo", "--max_new_tokens", 160, "--temperature", 0.7)
         script("apo.py", *inputs, "--student", pi_st, "--positives", positives,
                "--output_dir", out / "apo", "--preset", "demo", "--logging_steps", 1)
-        script("evaluate.py", "classify", *inputs, "--student", out / "apo" / "student",
-               "--output", out / "results.json", "--max_new_tokens", 96, "--mode", "parse")
+    # that evaluate.py says the same twice is held by tests/evaluation
+    script("evaluate.py", "classify", *inputs, "--student", tmp_path / "one" / "apo" / "student",
+           "--output", tmp_path / "one" / "results.json", "--max_new_tokens", 96, "--mode", "parse")
 
     one, two = tmp_path / "one", tmp_path / "two"
     first = {}
@@ -93,8 +94,6 @@ def test_all_stages_run_on_real_films_and_give_the_same_twice(script, tmp_path):
     for file in ("spd/log.jsonl", "spd/student/model.safetensors", "positives/positives.jsonl",
                  "apo/log.jsonl", "apo/student/model.safetensors"):
         assert (one / file).read_bytes() == (two / file).read_bytes(), file
-    again = json.loads((two / "results.json").read_text())["rows"]
-    assert list(rows.values()) == list(again.values())
 
 
 @needs_films

@@ -30,18 +30,23 @@ CASES = [json.loads(line)
          for line in (FOLDER / "readings.jsonl").read_text(encoding="utf-8").splitlines()]
 
 
+KINDS = list(dict.fromkeys(case["kind"] for case in CASES))
+
+
 def test_there_are_many_cases_of_every_kind():
     kinds = [case["kind"] for case in CASES]
-    assert len(CASES) >= 280 and all(kinds.count(kind) >= 8 for kind in kinds)
+    assert len(KINDS) == 13 and len(CASES) > 650 and min(map(kinds.count, KINDS)) >= 25
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda case: f"{case['task']}: {case['text'][:50]!r}")
-def test_a_text_is_read_right(case):
-    read = data.read_classes(case["text"], TASKS[case["task"]])
-    for finding, value in case["expect"].items():
-        assert read.get(finding) in (value if isinstance(value, list) else [value]), finding
-    if case["task"] != "chest":
-        assert read.keys() <= case["expect"].keys()
+@pytest.mark.parametrize("kind", KINDS)
+def test_texts_of_every_kind_are_read_right(kind):
+    wrong = []
+    for case in (case for case in CASES if case["kind"] == kind):
+        read = data.read_classes(case["text"], TASKS[case["task"]])
+        for finding, value in case["expect"].items():
+            if read.get(finding) not in (value if isinstance(value, list) else [value]):
+                wrong.append((case["text"], finding, read.get(finding), value))
+    assert not wrong
 
 
 # ------------------------------------------------------------------------------------- layouts
