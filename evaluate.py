@@ -19,7 +19,8 @@
 ways. --mode options: a closed question per finding, top-1 is the option of the highest
 log-probability (evaluation/questions.py). --mode parse: the student answers in its own words,
 greedily and by sampling at temperature 1, and is read back by data.read_classes; what cannot be
-read is wrong, and the unread rate says how often that was.
+read is wrong, and the unread rate says how often that was; a row of which nothing at all was read
+has no accuracy.
 
 With --output each study is on disk when it is answered, and the same command continues where it
 stopped.
@@ -79,6 +80,14 @@ def score(readings, studies, task):
             "n": n,
             "unread": unread / sum(n.values()) if n else None,
             "agreement_with_vote": agreed / votes if votes else None}
+
+
+def if_read(scored):
+    """What `score` returned, without accuracies where nothing at all was read: that is not 0.000.
+
+    scored  of a student, a teacher or the vote
+    """
+    return {**scored, "accuracy": {}, "mean": None} if scored["unread"] == 1 else scored
 
 
 def label_counts(studies, task):
@@ -180,10 +189,11 @@ def baselines(studies, train, task):
     rows = {"label prior" if train else "majority class": score(guesses, studies, task)}
     for name in data.teacher_names(studies):
         texts = [study.trajectories.get(name, "") for study in studies]
-        rows[name] = score([data.read_classes(text, task) for text in texts], studies, task)
+        rows[name] = if_read(
+            score([data.read_classes(text, task) for text in texts], studies, task))
     if len(rows) > 1:
         votes = [data.vote(study.trajectories, task) for study in studies]
-        rows["vote of the teachers"] = score(votes, studies, task)
+        rows["vote of the teachers"] = if_read(score(votes, studies, task))
     return rows
 
 
@@ -259,8 +269,9 @@ def classify(path, bench, args, name, parts=None, failed=None):
     row = {}
     for mode, reading_of in answers.items():
         readings = [reading_of[study.id] for study in bench.studies]
-        row[mode] = {**score(readings, bench.studies, bench.task), **more.get(mode, {})}
-        if args.bootstrap:
+        scored = if_read(score(readings, bench.studies, bench.task))
+        row[mode] = {**scored, **more.get(mode, {})}
+        if args.bootstrap and scored["accuracy"]:
             findings = list(row[mode]["accuracy"])
             for key, metric in (("top1", scores.accuracy), ("macro", scores.macro_accuracy)):
                 row[mode][key] = intervals(readings, bench.studies, findings, metric,

@@ -21,6 +21,7 @@ Where the paper is silent:
      study is dropped and counted.
   4. Refusing trajectories are left out of T, and a refusing t+ is sampled again as in 3, unless
      --refusals keep.
+  5. t+ is the student's answer: what it thinks before, as between <think> and </think>, is cut off.
 
 Every study has its own random numbers, and the batches are the same whatever the number of ranks,
 so 1 and 4 ranks write the same file. Each batch is on disk when it is done; the same command goes
@@ -152,6 +153,7 @@ def sample_batch(sampler, studies, examples, task, args):
         out = sampler.sample([example for _, example in todo], seeds)                        # Eq. 7
         again = []
         for (study, example), seed, (text, tokens, finish) in zip(todo, seeds, out):
+            text = data.answer_of(text)
             if reason := fault(text, finish, task if args.refusals == "drop" else None):
                 records[study.id] = {"id": study.id, "dropped": reason}
                 again.append((study, example))
@@ -167,9 +169,11 @@ def sample_batch(sampler, studies, examples, task, args):
 def statistics(studies, records, task):
     """How t+ agrees with the teachers' plurality and, where labels exist, with the truth.
 
-    That quality decides stage 3. records: {study id: record of `sample_batch`}.
+    That quality decides stage 3. "unread" is a share of the findings that the teachers name,
+    "unread_texts" of the t+, "agree_with_nothing" of the t+ that agree with the vote on no finding
+    although there is one. records: {study id: record of `sample_batch`}.
     """
-    agree, true, votes, labels, unread = 0, 0, 0, 0, 0
+    agree, true, votes, labels, unread, unread_texts, nothing = 0, 0, 0, 0, 0, 0, 0
     for study in studies:
         if "t_plus" not in records[study.id]:
             continue
@@ -177,15 +181,40 @@ def statistics(studies, records, task):
         plurality = data.vote(study.trajectories, task)
         unread += sum(finding not in read for finding in plurality)
         votes += len(plurality)
-        agree += sum(read.get(finding) == value for finding, value in plurality.items())
+        agreed = sum(read.get(finding) == value for finding, value in plurality.items())
+        agree += agreed
+        unread_texts += not read
+        nothing += bool(plurality) and not agreed
         labels += len(study.labels)
         true += sum(read.get(finding) == value for finding, value in study.labels.items())
     dropped = [record["dropped"] for record in records.values() if "dropped" in record]
-    return {"studies": len(studies), "positives": len(studies) - len(dropped),
+    positives = len(studies) - len(dropped)
+    return {"studies": len(studies), "positives": positives,
             "dropped": {reason: dropped.count(reason) for reason in sorted(set(dropped))},
             "agreement_with_vote": agree / votes if votes else None,
             "accuracy": true / labels if labels else None,
-            "unread": unread / votes if votes else None}
+            "unread": unread / votes if votes else None,
+            "unread_texts": unread_texts / positives if positives else None,
+            "agree_with_nothing": nothing / positives if positives else None}
+
+
+def nothing_said(stats, args):
+    """The warning that most t+ say nothing, or None.
+
+    stats  what `statistics` returns
+    args   the flags, which name the file and the task
+    """
+    unread, nothing = stats["unread_texts"] or 0, stats["agree_with_nothing"] or 0
+    if unread > 0.5:
+        what = f"NOTHING COULD BE READ IN {unread:.0%} OF THE T+"
+    elif nothing > 0.5:
+        what = f"{nothing:.0%} OF THE T+ AGREE WITH THE TEACHERS' VOTE ON NO FINDING"
+    else:
+        return None
+    task = f" --task_file {args.task_file}" if args.task_file else ""
+    return (f"WARNING: {what}. Stage 3 would learn from them. See what is read in the teachers' "
+            f"texts: python tools/check.py {args.studies}{task} --show 10; and in "
+            "positives.jsonl what the t+ say. Other findings or words are those of a --task_file")
 
 
 def write_results(folder, studies, records, task, attempts, refusals):
@@ -193,6 +222,7 @@ def write_results(folder, studies, records, task, attempts, refusals):
 
     records   {study id: record of `sample_batch`}
     refusals  how many trajectories were left out
+    Returns what it writes as stats.json.
     """
     ordered = [records[study.id] for study in studies]
     again = sum(int(record["seed"].split()[-1]) if "seed" in record else attempts - 1
@@ -206,6 +236,7 @@ def write_results(folder, studies, records, task, attempts, refusals):
     if stats["positives"] < 0.8 * stats["studies"]:
         ranks.print_once("warning: more than a fifth of the studies have no t+; dropped.jsonl says "
                          "why ('unfinished': --max_new_tokens)")
+    return stats
 
 
 def run(args):
@@ -238,9 +269,12 @@ def run(args):
         batch_size, threads = (1, args.server_concurrency) if server else (args.batch_size, 0)
         records = shared_map(keys, encode, work, batch_size, folder.path, args.num_workers, threads,
                              desc="compare")
-        write_results(folder, studies, records, task, args.attempts, refusals)
+        stats = write_results(folder, studies, records, task, args.attempts, refusals)
         folder.mark_finished(stage="self-distillation (Eq. 7)")
-        return folder.outputs("compare", **made)
+        outputs = folder.outputs("compare", **made)
+        if warning := nothing_said(stats, args):  # last, where it is seen
+            ranks.print_once(warning)
+        return outputs
 
 
 def main():

@@ -182,8 +182,7 @@ def beside(number, ours):
         cells = "".join(cell(figure, 14, digits) for figure in figures)
         lines.append(f"{'paper: ' + name:{width}}{cells}")
     for name, figures in (ours or {"": [None] * len(headings)}).items():
-        measured = any(figure is not None for figure in figures)
-        absent = "-" if columns is CLASSIFICATION and measured else "not run"
+        absent = "-" if columns is CLASSIFICATION and name else "not run"
         cells = "".join(cell(figure, 14, absent=absent) for figure in figures)
         lines.append(f"{('here: ' + name).rstrip(': '):{width}}{cells}")
         missing = [column for column, figure in zip(CLASSIFICATION, figures)
@@ -228,7 +227,7 @@ def accuracy_line(name, row, columns, means):
     score = plain(row)
     mean, *others = means.values()
     sampled = cell(mean(row["sampled"]), 9) if "sampled" in row else f"{'':9}"
-    cells = [cell(score["accuracy"].get(finding, float("nan"))) for finding in columns]
+    cells = [cell(score["accuracy"].get(finding)) for finding in columns]
     cells += [cell(mean(score)), sampled, *(cell(other(score), 9) for other in others)]
     return f"{name:34}" + "".join(cells) + f"{score['unread']:>8.3f}"
 

@@ -14,8 +14,10 @@ precision, recall, F1
 similarity
     to the report: cosine of TF-IDF vectors (the words' idf from the reports), or of mean hidden
     states (--encoder).
-words, refused
-    mean length of a text; share of texts that decline and find nothing.
+words, refused, unread
+    mean length of a text; share of texts that decline and find nothing; share of texts that do not
+    decline and in which nothing could be read. A teacher of which no text was read has none of the
+    other figures, and counts for none.
 accuracy
     per finding, Table 2: the class that is read equals the truth's, over the studies whose truth
     names the finding and for which the teacher gave a text (evaluate.py classify counts a missing
@@ -413,36 +415,42 @@ def measure(studies, task, against="labels", uncertain="negative", encoder=None,
 
     {"against", "uncertain", "studies": how many, "similarity": in words,
      "teachers": {name: {"texts", "precision", "recall", "f1", "tp", "fp", "fn", "similarity",
-                         "words", "refused", "accuracy": {finding: share}, "n": {finding: count},
-                         "mean": unweighted over the findings}},
+                         "words", "refused", "unread", "accuracy": {finding: share},
+                         "n": {finding: count}, "mean": unweighted over the findings}},
      "gap": {finding: {"gap", "best", "worst"}},
      "kappa": {"names": [N], "matrix": N x N},
-     "errors": {"names": [N], "given": [`dependence` of each kind of strata]}}
+     "errors": {"names": of the teachers that were read, "given": [`dependence` of each kind of
+                strata]}}
     """
     names = data.teacher_names(studies)
     read = readings(studies, names, task, num_workers)
+    heard = {name: said for name, said in read.items() if any(said)}
     truth = truths(studies, task, against) if against else [None] * len(studies)
     similarity, kind = similarities(studies, names, encoder)
     rows = {}
     for name in names:
         texts = [study.trajectories[name] for study in studies if name in study.trajectories]
-        share, n = accuracy(read[name], truth, task)
+        said = heard.get(name, [])
+        share, n = accuracy(said, truth, task)
+        declines = [data.is_refusal(text, task) for text in texts]
+        nothing = [reading == {} for reading in read[name] if reading is not None]
         rows[name] = {"texts": len(texts),
-                      **precision_recall(read[name], truth, task, uncertain),
+                      **precision_recall(said, truth, task, uncertain),
                       "similarity": similarity[name],
                       "words": mean([len(words(text)) for text in texts]),
-                      "refused": mean([data.is_refusal(text, task) for text in texts]),
+                      "refused": mean(declines),
+                      "unread": mean([a and not b for a, b in zip(nothing, declines)]),
                       "accuracy": share, "n": n, "mean": mean(share.values())}
     matrix = [[None] * len(names) for _ in names]
     for i, j in itertools.combinations_with_replacement(range(len(names)), 2):
-        matrix[i][j] = matrix[j][i] = kappa(read[names[i]], read[names[j]], task)
-    given = [dependence(read, truth, task, strata, samples, seed)
+        matrix[i][j] = matrix[j][i] = kappa(heard.get(names[i], []), heard.get(names[j], []), task)
+    given = [dependence(heard, truth, task, strata, samples, seed)
              for strata in ("finding", "finding and class")]
     return {"against": against, "uncertain": uncertain, "studies": len(studies), "similarity": kind,
             "teachers": rows,
             "gap": gaps({name: row["accuracy"] for name, row in rows.items()}),
             "kappa": {"names": names, "matrix": matrix},
-            "errors": {"names": names, "given": [one for one in given if one]}}
+            "errors": {"names": list(heard), "given": [one for one in given if one]}}
 
 
 # ---------------------------------------------------------------------------------------- as text
@@ -484,12 +492,12 @@ def drift_table(result, task):
 
 
 def text_lines(rows):
-    """`drift_table`'s part on the texts: findings, similarity, length, refusals."""
-    heads = ("texts", "precision", "recall", "F1", "similarity", "words", "refused")
+    """`drift_table`'s part on the texts: findings, similarity, length, refusals, unread ones."""
+    heads = ("texts", "precision", "recall", "F1", "similarity", "words", "refused", "unread")
     lines = [f"{'':24}" + "".join(f"{head:>11}" for head in heads)]
     for name, row in rows.items():
         cells = [cell(row[key], 11) for key in ("precision", "recall", "f1", "similarity")]
-        cells += [cell(row["words"], 11, 1), cell(row["refused"], 11)]
+        cells += [cell(row["words"], 11, 1), cell(row["refused"], 11), cell(row["unread"], 11)]
         lines.append(f"{name:24}{row['texts']:>11}" + "".join(cells))
     return lines
 

@@ -110,7 +110,8 @@ CUES = {
         "|is/are negative for|free of/from|denies|clear/cleared/absence/lack/devoid/none of"
         "|low likelihood/probability/suspicion of|low suspicion for|nothing to suggest/indicate"
         "|excludes|rules/ruling out|argue/argues/arguing/speak/speaks against|evidence against"
-        "|disappearance of|lacks|lacking|mimic*|simulat*|disagree*|rejects|false/incorrect/wrong that"
+        "|disappearance of|lacks|lacking|mimic*|simulat*"
+        "|disagree*|rejects|false/incorrect/wrong that"
         "|not true/correct that|resolution/clearing/removal of|rather than|instead of"
         "|as opposed to|fails to|negative findings|pertinent negatives"
         "|cannot ~ see/identify/detect"),
@@ -125,7 +126,8 @@ CUES = {
         "no/without new|with or without|cannot/not ~ exclude|cannot/not ~ rule out"
         "|unable to exclude"
         "|not sure/certain|not sure/certain/clear if/whether|unsure|unsure if/whether"
-        "|cannot distinguish|impossible/hard/difficult to distinguish|unable to rule out|no evidence to rule out"),
+        "|cannot distinguish|impossible/hard/difficult to distinguish"
+        "|unable to rule out|no evidence to rule out"),
     "ign": (
         "if|if there|when|history of|risk of/for"
         "|evaluate/evaluation/assess/assessment/look/looking/check/monitor/monitoring/screen for"
@@ -163,8 +165,10 @@ CUES = {
     "neg<>": "resolved|cleared|removed|unlikely|absent|disappeared|vanished|gone",
     "unc<>": (
         "possible|possibly|probable|probably|questionable|suspected|potential|potentially"
-        "|difficult/hard/impossible to exclude|may/might/could/would be difficult/hard/impossible"
-        " to exclude|presumed|presumably|perhaps|maybe|equivocal|less likely|conceivable|conceivably"
+        "|difficult/hard/impossible to exclude"
+        "|may/might/could/would be difficult/hard/impossible"
+        " to exclude"
+        "|presumed|presumably|perhaps|maybe|equivocal|less likely|conceivable|conceivably"
         "|uncertain|unclear|inconclusive"),
     "normal": (
         "normal|negative|unremarkable|within normal limits|upper limit/limits of normal"

@@ -34,7 +34,8 @@ DENIAL = (r"(?:\b(?:no|not|never|neither|nor|without|hardly|cannot|rather than|i
           r"(?! (?:only|just|doubt|question))")
 # "I would not call the spots severe", "it is unclear whether they are severe"
 CALLED = re.compile(rf"{DENIAL}\W+(?:call|say|describe|consider|rate|grade|think)\b"
-                    r"|\b(?:whether|unclear|uncertain|false|untrue|incorrect|wrong|doubt)\b", re.IGNORECASE)
+                    r"|\b(?:whether|unclear|uncertain|false|untrue|incorrect|wrong|doubt)\b",
+                    re.IGNORECASE)
 DENIES = re.compile(DENIAL, re.IGNORECASE)
 # but "not severe but mild" says mild
 DENIED = re.compile(rf"{DENIAL}\W+(?:(?!(?:but|and)\b)\w+\s+){{0,4}}$", re.IGNORECASE)

@@ -202,8 +202,9 @@ def _table_lines(rows, names_finding):
         return [f"{finding}: {cell}" for row in body for finding, cell in zip(head, row)
                 if cell and finding in findings]
     if {"left", "right"} <= {cell.lower() for cell in head}:
-        return [f"{name}: " + ", ".join(f"{cell} on the {side}" for side, cell in zip(head[1:], cells))
-                for name, *cells in body]
+        sides = [[f"{cell} on the {side}" for side, cell in zip(head[1:], cells)]
+                 for _, *cells in body]
+        return [f"{name}: {', '.join(said)}" for (name, *_), said in zip(body, sides)]
     marks = [cell for row in body for cell in row[1:]]
     is_ruled = len(rows) > 1 and not rows[1].strip("|-: \t")
     if not (is_ruled and all(map(_MARK.fullmatch, marks)) and any(map(_TICK.fullmatch, marks))):

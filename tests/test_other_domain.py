@@ -154,7 +154,9 @@ def test_one_command_walks_all_stages_and_goes_on_after_a_kill_in_each(chain, sc
         ("learn", "spd"), ("compare", "selfdistill"), ("critique", "apo"))] == [1, 1, 1]
     table = out[out.index("label prior"):]
     for row in (*VOICES, "vote of the teachers", "SPD, all teachers", "SPD, all teachers + APO"):
-        assert re.search(rf"(?m)^{re.escape(row)} +[01]\.\d", table), row
+        # a student of so few steps may say nothing that can be read, and has no figure then
+        figure = r"(?:[01]\.\d|-)" if row.startswith("SPD") else r"[01]\.\d"
+        assert re.search(rf"(?m)^{re.escape(row)} +{figure}", table), row
 
     # a step of stage 1, the sampling of stage 2, a step of stage 3: what is finished is not begun
     # again

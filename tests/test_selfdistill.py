@@ -316,6 +316,16 @@ def test_only_failed_samples_are_drawn_again_and_the_first_good_one_stays():
     assert script.asked == [["5 a 0", "5 b 0", "5 c 0"], ["5 b 1", "5 c 1"], ["5 b 2", "5 c 2"]]
 
 
+def test_what_a_student_thinks_is_no_part_of_its_reading():
+    thinks = (["<think>Reader 1 says edema.</think>\n", "effusion mild ."], "stop")
+    script = Script({"a": [thinks], "b": [(["<think>effusion."], "stop"), (["edema"], "stop")]})
+    args = selfdistill.parse(["--studies", "s", "--attempts", "2"])
+    studies = [data.Study(name, (), {}, {}) for name in "ab"]
+    records = selfdistill.sample_batch(script, studies, list("ab"), data.CHEST, args)
+    assert [(record["t_plus"], record["seed"]) for record in records] == [
+        ("effusion mild .", "0 a 0"), ("edema", "0 b 1")]
+
+
 # --- the stage
 
 @pytest.fixture(scope="module")
@@ -502,4 +512,35 @@ def test_statistics_count_agreement_and_truth_by_hand(task):
     assert selfdistill.statistics(studies, records, task) == {
         "studies": 3, "positives": 2, "dropped": {"empty": 1},
         "agreement_with_vote": 1 / 3,
-        "accuracy": 2 / 3, "unread": 1 / 3}
+        "accuracy": 2 / 3, "unread": 1 / 3, "unread_texts": 1 / 2, "agree_with_nothing": 1 / 2}
+    del records["b"], records["c"]
+    none = selfdistill.statistics(studies[:1], {"a": {"dropped": "empty"}}, task)
+    assert none["unread_texts"] is none["agree_with_nothing"] is None
+
+
+READ, VAGUE = "edema mild", "it looks fine"
+
+
+@pytest.mark.parametrize("texts, says", [
+    ([READ, READ, VAGUE, VAGUE], None),  # half of them is not most
+    ([READ, VAGUE, VAGUE, VAGUE], "WARNING: NOTHING COULD BE READ IN 75% OF THE T+"),
+    ([READ, "edema severe", "edema severe", VAGUE],
+     "WARNING: 75% OF THE T+ AGREE WITH THE TEACHERS' VOTE ON NO FINDING"),
+    ([], None)])
+def test_the_last_line_warns_where_most_positives_say_nothing(
+        flags, tmp_path, monkeypatch, capsys, texts, says):
+    def scripted(sampler, studies, examples, task, args):
+        return [{"id": study.id, "t_plus": texts[int(study.id[-5:]) % len(texts)], "tokens": 2,
+                 "seed": f"0 {study.id} 0", "finish": "stop"} if texts
+                else {"id": study.id, "dropped": "empty"} for study in studies]
+
+    monkeypatch.setattr(selfdistill, "sample_batch", scripted)
+    monkeypatch.setattr(selfdistill.data, "vote", lambda trajectories, task: {"Edema": "mild"})
+    stage(flags, tmp_path / "positives")
+    *_, last = capsys.readouterr().out.splitlines()
+    if says is None:
+        assert "WARNING" not in last
+    else:
+        assert last.startswith(says)
+        assert f"python tools/check.py {flags[3]} --task_file {flags[7]} --show 10" in last
+        assert "--task_file" in last

@@ -3,10 +3,12 @@
     python tools/check.py studies.jsonl --images files
     python tools/check.py studies.jsonl --images files --student Qwen/Qwen2.5-VL-7B-Instruct \\
         --num_workers 16 --out good.jsonl
+    python tools/check.py studies.jsonl --show 10
 
 Prints each fault as 'file:line: kind: what, and what was expected', then how many records have each
-kind, how many are good and how many of those can be trained on, and ends with status 1 if there was
-a fault. The kinds:
+kind, of how many texts of each teacher nothing could be read (with an example; refusals are not
+among them), how many records are good and how many of those can be trained on, and ends with status
+1 if there was a fault. The kinds:
 
     json        the line is no JSON object in UTF-8
     field       a field is missing, empty or of the wrong type
@@ -16,13 +18,20 @@ a fault. The kinds:
     image       missing; outside; unreadable (decoded to the end); too large (a bomb, or an aspect
                 ratio beyond 200)
     same text   two teachers of a study say the same, word for word
-    refusal     a teacher declines to answer
+    refusal     a teacher declines to answer, or only thinks
+    chat marker a text holds marks of a chat template, such as <|im_end|>
+    loop        a text says the same sentence of at least three words five times, or its end repeats
+                the same words, 30 at most, five times
     leak        the student's prompt tells this study's diagnosis
     length      image, prompt and trajectories exceed --max_tokens: a stage would leave the study
                 out, or cut it with --truncate
 
 --allow KIND,... counts and prints a kind without holding it against a record. Refusals, for
-example, may be allowed, since --refusals of the stages keeps or drops them.
+example, may be allowed, since --refusals of the stages keeps or drops them. Of a text only the
+answer is looked at, as a stage does: not what a teacher thinks before it, between <think> and
+</think>.
+--show N prints N texts, the same number of each teacher and evenly over the file, and below each
+what was read in it, with the words that decided; nothing else is done, and no image is opened.
 --out writes the records without a fault, byte for byte, and rejected.jsonl beside it:
 {"line", "faults", "record" or "text"}.
 
@@ -39,6 +48,7 @@ import itertools
 import json
 import multiprocessing
 import os
+import re
 import sys
 from collections import Counter
 from pathlib import Path
@@ -49,10 +59,11 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/ is no package of its own
 
 import data  # noqa: E402
-from runtime.records import atomic, line_of, parse_line  # noqa: E402
+from runtime.records import atomic, line_of, parse_line, printable  # noqa: E402
 
 KINDS = ("json", "field", "label", "trajectory", "duplicate", "image missing", "image outside",
-         "image unreadable", "image too large", "same text", "refusal", "leak", "length")
+         "image unreadable", "image too large", "same text", "refusal", "chat marker", "loop",
+         "leak", "length")
 # data.record_faults names the field first in each sentence; any field that is not here is "field"
 FIELDS = {"labels": "label", "trajectories": "trajectory"}
 # what data.load_image says -> the kind, in the order in which it is looked for
@@ -61,6 +72,16 @@ IMAGE_FAULTS = {
     "lies outside": "image outside",
     "pixels, expected": "image too large",
     "decompression bomb": "image too large"}
+# <|im_end|>, DeepSeek's <｜User｜>, Gemma's <start_of_turn>, Llama 2's [INST] and <<SYS>>, LLaVA's
+# <image>
+CHAT_MARKER = re.compile(
+    r"<[|｜][^\s<>|｜]{1,40}[|｜]>|</?(?:start|begin|end)_of_\w{1,40}>|</?s>"
+    r"|<(?:bos|eos|pad|unk|image)>|\[/?INST\]|<</?SYS>>", re.IGNORECASE)
+# takes for granted what it names, unlike "Is there edema?"
+OPEN_QUESTION = re.compile(r"(\b(?:why|what|how|where)\b[^?.!]*)\?", re.IGNORECASE)
+SENTENCE_END = re.compile(r"[.!?](?=\s)|[。！？\n]")
+ROW_OR_WORD = re.compile(r"^[^|\n]*\|[^|\n]*\|.*|\w+", re.MULTILINE)
+REPEATS = 5  # so many times the same is a loop
 
 
 # ----------------------------------------------------------------------------------------- one line
@@ -104,12 +125,14 @@ class Checked(NamedTuple):
     name      the id; None where there is none
     found     [(kind, sentence)]
     tokens    {teacher: tokens of its text}, empty where they are not counted
+    unread    {teacher: the beginning of its text if nothing was read in it, else None}
     teachers  how many teachers a record of the training split has; None where it is of another
               split or cannot be read
     """
     name: str
     found: list
     tokens: dict
+    unread: dict
     teachers: int = None
 
 
@@ -124,8 +147,8 @@ class Check:
     def __init__(self, args):
         self.args, self.task, self.processor = args, data.load_task(args.task_file), None
         self.template = self.task.prompts[args.prompt]
-        self.told = {finding: value
-                     for finding, value in data.read_classes(self.template, self.task).items()
+        said = data.read_classes(OPEN_QUESTION.sub(r"\1.", self.template), self.task)
+        self.told = {finding: value for finding, value in said.items()
                      if value in self.task.positive}
         if args.student and args.skip_images:
             self.processor = TextLengths(args.student, self.task)
@@ -139,23 +162,25 @@ class Check:
         try:
             record = parse_line(line)
         except ValueError as error:
-            return Checked(None, [("json", str(error))], {})
+            return Checked(None, [("json", str(error))], {}, {})
         found = [(FIELDS.get(sentence.split('"')[1], "field"), sentence)
                  for sentence in data.record_faults(record, self.task)]
         kinds = {kind for kind, _ in found}
         name = record.get("id") if isinstance(record.get("id"), str) else None
         if "field" in kinds:
-            return Checked(name, found, {})
+            return Checked(name, found, {}, {})
         image = record["image"]
         # labels or trajectories that are faulty themselves are not looked at any further
+        said = {} if "trajectory" in kinds else record.get("trajectories", {})
         study = data.Study(
             id=name,
             images=tuple(image if isinstance(image, list) else [image]),
             labels={} if "label" in kinds else record.get("labels", {}),
-            trajectories={} if "trajectory" in kinds else record.get("trajectories", {}),
+            trajectories={teacher: data.answer_of(text) for teacher, text in said.items()},
             prompt=record.get("prompt"))
         of_images = [] if self.args.skip_images else self.images(study)
-        found += of_images + self.texts(study)
+        of_texts, unread = self.texts(study)
+        found += of_images + of_texts + self.leaks(study)
         tokens = {}
         if self.processor and not of_images:
             prefix, lengths = self.processor.lengths(study, self.prompt(study),
@@ -165,7 +190,8 @@ class Check:
                 found.append(("length", f"{total} tokens, expected at most --max_tokens "
                                         f"{self.args.max_tokens}"))
         trains = record.get("split") in (None, "train")
-        return Checked(name, found, tokens, len(study.trajectories) if trains else None)
+        teachers = sum(map(bool, study.trajectories.values())) if trains else None
+        return Checked(name, found, tokens, unread, teachers)
 
     def prompt(self, study):
         """What the student is asked about a study."""
@@ -183,16 +209,31 @@ class Check:
         return found
 
     def texts(self, study):
-        """[(kind, sentence)] of a study's trajectories, and of its prompt."""
-        found, first = [], {}
+        """Looks at a study's trajectories. Returns [(kind, sentence)] and Checked.unread."""
+        found, unread, first = [], {}, {}
         for teacher, text in study.trajectories.items():
             words = " ".join(text.split()).lower()
-            if words in first:
+            if words and words in first:
                 found.append(("same text", f"{first[words]!r} and {teacher!r} say the same, "
                                            "expected a text of each teacher's own"))
             first.setdefault(words, teacher)
-            if data.is_refusal(text, self.task):
-                found.append(("refusal", f"{teacher!r} declines: {text.strip()[:80]!r}"))
+            declines = data.is_refusal(text, self.task)
+            if declines:
+                said = f"declines: {text.strip()[:80]!r}" if text else "only thinks"
+                found.append(("refusal", f"{teacher!r} {said}"))
+            if marker := CHAT_MARKER.search(text):
+                found.append(("chat marker", f"{teacher!r} says {marker[0]!r}, expected the answer "
+                                             "without marks of a chat template"))
+            if repeated := loop(text):
+                found.append(("loop", f"{teacher!r} says {repeated[:80]!r} {REPEATS} times or "
+                                      "more, expected it once"))
+            read = declines or data.read_classes(text, self.task)
+            unread[teacher] = None if read else printable(text.strip()[:80])
+        return found, unread
+
+    def leaks(self, study):
+        """[(kind, sentence)] of what the student is asked."""
+        found = []
         if study.labels and "{diseases}" in self.template:
             found.append(("leak", f"the student is asked {self.prompt(study)[:200]!r}, expected no "
                                   "diagnosis"))
@@ -200,6 +241,34 @@ class Check:
             found.append(("leak", f"the student's prompt says {', '.join(told)}, as this study's "
                                   "labels do, expected no diagnosis"))
         return found
+
+
+def loop(text):
+    """What a text repeats REPEATS times or more, in lower case; None where it repeats nothing.
+
+    text  str of any length: a sentence of at least three words counts wherever it stands, and at
+          the end of the text the same 1 to 30 words one behind the other
+    What is shorter than a sentence or has a label, as "Edema" or "Basis: none was seen", belongs to
+    the sentence behind it, so that the same may be said of each finding; the number of an item
+    does not. A row of a table is one word, and may hold the same word five times.
+    """
+    counts, before = Counter(), []
+    for piece in SENTENCE_END.split(text.lower()):
+        words = re.findall(r"\w+", piece)
+        if not "".join(words).isdigit():
+            before += words
+        if len(words) >= 3 and ":" not in piece:
+            counts[" ".join(before)] += 1
+            before = []
+    sentence, count = max(counts.items(), key=lambda item: item[1], default=(None, 0))
+    if count >= REPEATS:
+        return sentence
+    words = ROW_OR_WORD.findall(text.lower())
+    for length in range(1, 31):
+        end = words[-length:]
+        if len(words) >= REPEATS * length and words[-REPEATS * length:] == end * REPEATS:
+            return " ".join(end)
+    return None
 
 
 # ----------------------------------------------------------------------------------------- the file
@@ -242,15 +311,17 @@ def check(args):
 
     args  the flags of `parse`
     Returns what --json prints: {"records", "good", "training", "with trajectories", "kinds": {kind:
-    records}, "tokens": {teacher: as `length_summary` returns}}. Raises ValueError where the file
-    has no record.
+    records}, "tokens": {teacher: as `length_summary` returns}, "unread": {teacher: {"texts",
+    "unread": how many of them nothing was read in, "share", "example": {"id", "text"} of the first,
+    or None}}}. Raises ValueError where the file has no record.
     """
-    seen, counts, kinds, lengths = {}, Counter(), Counter(), {}
+    seen, counts, kinds, lengths, unread = {}, Counter(), Counter(), {}, {}
     with contextlib.ExitStack() as stack:
         if args.out:
             files = [stack.enter_context(open(stack.enter_context(atomic(path)), "wb"))
                      for path in (args.out, Path(args.out).with_name("rejected.jsonl"))]
-        for number, line, (name, found, tokens, teachers) in checked_lines(args.studies, args):
+        for number, line, checked in checked_lines(args.studies, args):
+            name, found, tokens, unread_texts, teachers = checked
             if name is not None and (before := seen.setdefault(digest(name), number)) != number:
                 found.append(("duplicate", f"{name!r} is in line {before} already, expected it "
                                            "once"))
@@ -259,6 +330,7 @@ def check(args):
             kinds.update({kind for kind, _ in found})
             for teacher, n in tokens.items():
                 lengths.setdefault(teacher, Counter())[n] += 1
+            count_unread(unread, name, unread_texts)
             against = [f"{kind}: {sentence}" for kind, sentence in found if kind not in args.allow]
             counts["records"] += 1
             counts["good"] += not against
@@ -269,7 +341,24 @@ def check(args):
         if not counts["records"]:
             raise ValueError(f"{args.studies}: no record, expected one JSON object a line")
     return {**counts, "kinds": {kind: kinds[kind] for kind in KINDS if kinds[kind]},
-            "tokens": {teacher: length_summary(count) for teacher, count in lengths.items()}}
+            "tokens": {teacher: length_summary(count) for teacher, count in lengths.items()},
+            "unread": unread}
+
+
+def count_unread(rows, name, texts):
+    """Counts the texts of a record of which nothing was read.
+
+    rows   {teacher: {"texts", "unread", "share", "example"}} so far, which is changed
+    name   the record's id
+    texts  Checked.unread
+    """
+    for teacher, text in texts.items():
+        row = rows.setdefault(teacher, {"texts": 0, "unread": 0, "share": 0.0, "example": None})
+        row["texts"] += 1
+        row["unread"] += text is not None
+        row["share"] = row["unread"] / row["texts"]
+        if text is not None and row["example"] is None:
+            row["example"] = {"id": name, "text": text}
 
 
 def digest(name):
@@ -305,6 +394,87 @@ def length_summary(count):
     return {"n": n, "mean": mean, "95%": length, "longest": max(count)}
 
 
+# --------------------------------------------------------------------------------- a look at some
+
+def show(args):
+    """Prints `args.show` texts of the file of `args.studies`, and what was read in each.
+
+    args  the flags of `parse`
+    They are as many of each teacher as of any other, evenly over the file; the same file, the same
+    texts. Raises ValueError where no record has texts.
+    """
+    task = data.load_task(args.task_file)
+    counts = Counter(teacher for _, texts in texts_of(args.studies) for teacher in texts)
+    if not counts:
+        raise ValueError(f"{args.studies}: no record with an id has trajectories, expected the "
+                         "teachers' texts")
+    chosen, seen = chosen_texts(counts, args.show), Counter()
+    for name, texts in texts_of(args.studies):
+        for teacher, text in texts.items():
+            if seen[teacher] in chosen[teacher]:
+                print("\n".join([f"{printable(name)}, {teacher}", *shown(text, task), ""]))
+            seen[teacher] += 1
+
+
+def texts_of(path):
+    """Yields (id, {teacher: text}) of the records of a file.
+
+    Records are left out whose id or trajectories are faulty, which a check names.
+    """
+    with open(path, "rb") as file:
+        for line in filter(bytes.strip, file):
+            try:
+                record = parse_line(line)
+            except ValueError:
+                continue
+            texts = record.get("trajectories", {})
+            if isinstance(record.get("id"), str) and not data.trajectory_faults(texts):
+                yield record["id"], texts
+
+
+def chosen_texts(counts, number):
+    """Which texts are shown.
+
+    counts  {teacher: how many texts it has}
+    number  how many are shown
+    Returns {teacher: set of which of its texts, numbered from 0}.
+    """
+    shares = dict.fromkeys(counts, 0)
+    left = min(number, sum(counts.values()))
+    while left:
+        for teacher in shares:
+            if left and shares[teacher] < counts[teacher]:
+                shares[teacher] += 1
+                left -= 1
+    chosen = {}
+    for at, (teacher, share) in enumerate(shares.items()):
+        shift = (2 * at + 1) / (2 * len(shares))  # the teachers' texts are of other studies
+        chosen[teacher] = {int((i + shift) * counts[teacher] / share) for i in range(share)}
+    return chosen
+
+
+def shown(text, task):
+    """The lines in which `show` prints a text and what was read in it."""
+    answer = data.answer_of(text)
+    lines = [f"    {printable(line)}".rstrip() for line in shortened(answer, 1200).split("\n")]
+    if not answer.strip():
+        lines = ["    (only thinking)"]
+    read = data.read_with_words(text, task)
+    lines += [f"  {finding}: {value}   <- {printable(shortened(words, 200))}"
+              for finding, (value, words) in read.items()]
+    if not read:
+        lines.append("  declines" if data.is_refusal(text, task) else "  nothing was read")
+    return lines
+
+
+def shortened(text, most):
+    """A text of which the middle is left out if it has more than `most` characters."""
+    if len(text) <= most:
+        return text
+    begin, end = 2 * most // 3, most // 3
+    return f"{text[:begin]} [... {len(text) - begin - end:,} characters ...] {text[-end:]}"
+
+
 # -------------------------------------------------------------------------------------- the command
 
 def parse(argv=None):
@@ -337,19 +507,12 @@ def parse(argv=None):
     parser.add_argument(
         "--prompt", choices=("student", "teacher"), default="student",
         help="the student's prompt; teacher: Appendix B's, a leak")
-    parser.add_argument(
-        "--allow", type=lambda text: text.split(","), default=[], metavar="KIND,...",
-        help="kinds that are counted but reject no record")
-    parser.add_argument(
-        "--out", metavar="GOOD.jsonl",
-        help="records without a fault; the others go to rejected.jsonl beside it")
-    parser.add_argument(
-        "--num_workers", type=int, default=0,
-        help="processes that open images and count tokens (default: %(default)s)")
-    parser.add_argument(
-        "--json", action="store_true",
-        help="end with one line of JSON")
+    add_results(parser)
     args = parser.parse_args(argv)
+    if args.show is not None and args.show < 1:
+        parser.error(f"--show {args.show}: expected at least 1")
+    if args.show and (args.out or args.json):
+        parser.error("--show: checks nothing, expected neither --out nor --json with it")
     if unknown := set(args.allow) - set(KINDS):
         parser.error(f"--allow {','.join(sorted(unknown))}: expected some of {', '.join(KINDS)}")
     same = args.out and Path(args.out).resolve() == Path(args.studies).resolve()
@@ -358,10 +521,32 @@ def parse(argv=None):
     return args
 
 
+def add_results(parser):
+    """Adds the flags that say what is done with what is found."""
+    parser.add_argument(
+        "--allow", type=lambda text: text.split(","), default=[], metavar="KIND,...",
+        help="kinds that are counted but reject no record")
+    parser.add_argument(
+        "--out", metavar="GOOD.jsonl",
+        help="records without a fault; the others go to rejected.jsonl beside it")
+    parser.add_argument(
+        "--num_workers", type=int, default=0,
+        help="processes that open images, read texts and count tokens (default: %(default)s)")
+    parser.add_argument(
+        "--json", action="store_true",
+        help="end with one line of JSON")
+    parser.add_argument(
+        "--show", type=int, metavar="N",
+        help="print N texts and what was read in each, and do nothing else")
+
+
 def main():
     """Runs the command; ends with status 1 where there is a fault."""
     args = parse()
     try:
+        if args.show:
+            show(args)
+            return
         found = check(args)
     except (ValueError, OSError) as error:
         raise SystemExit(f"check: {error}") from None
@@ -370,6 +555,10 @@ def main():
     for teacher, row in found["tokens"].items():
         print(f"{teacher:24}{row['n']:>9,} texts, tokens: mean {row['mean']:.0f}, "
               f"95% {row['95%']}, longest {row['longest']}")
+    for teacher, row in found["unread"].items():
+        example = ', as in {id}: "{text}"'.format(**row["example"]) if row["example"] else ""
+        print(f"{teacher:24}{row['texts']:>9,} texts, nothing was read in {row['unread']:,} "
+              f"({row['share']:.1%}){example}")
     print(f"{args.studies}: {found['good']:,} of {found['records']:,} records are good")
     print(f"{found['with trajectories']:,} of the {found['training']:,} good ones of the training "
           "split have trajectories")

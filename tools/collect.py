@@ -12,14 +12,17 @@ writes  OUT.answers.jsonl   one line per (study, teacher), appended as the answe
     python tools/collect.py studies.jsonl --endpoints endpoints.json --images files \\
         --out with_teachers.jsonl --budget 50 --i_have_permission
 
-Rows of OUT.answers.jsonl have a status:
+A row of OUT.answers.jsonl has "id", "teacher", "status" and, by its status,
 
-    answered   text, returned model, finish_reason, usage, cost in USD
-    refused    the same, but empty or not finished with 'stop': kept, not used, not asked again
-               (unless --ask_refused_again)
-    failed     no answer, with the reason; asked again by the next call
-    lost       an attempt whose answer did not arrive but may be billed; its cost is what it can
-               have cost at most
+    answered   "text", "model" (the one that is returned), "finish_reason", "usage", "cost" in USD
+    refused    the same and "reason": empty, only thinking, or not finished with 'stop'. It is kept,
+               not used, and not asked again (unless --ask_refused_again)
+    failed     "reason", "cost": no answer; asked again by the next call
+    lost       "reason", "cost": an attempt whose answer did not arrive but may be billed; the cost
+               is what it can have been at most
+
+"text" is the answer. Where a teacher also wrote down what it thought, as between <think> and
+</think>, or marks around its answer, the row keeps all that came in "content" (data.answer_of).
 
 The same command goes on where it stopped. Ctrl-C or SIGTERM: what is in flight is finished and
 written, a second one ends at once. Exit status 0 if every pair is answered or refused, else 1.
@@ -379,15 +382,27 @@ def ask(teacher, study, task, args, purse, write, stop):
         write({**row, "status": "failed", "reason": str(failure), "cost": 0.0})
         return "failed"
     tokens = teacher.learn(answer.usage)
-    if answer.finish != "stop":
-        row |= {"status": "refused", "reason": f"finish_reason is {answer.finish!r}"}
-    elif not answer.text.strip():
-        row |= {"status": "refused", "reason": "empty"}
-    else:
-        row |= {"status": "answered"}
-    write({**row, "text": answer.text, "model": answer.model, "finish_reason": answer.finish,
-           "usage": answer.usage, "cost": attempts.settle(tokens or attempts.most)})
+    row |= judged(answer)
+    write({**row, "model": answer.model, "finish_reason": answer.finish, "usage": answer.usage,
+           "cost": attempts.settle(tokens or attempts.most)})
     return row["status"]
+
+
+def judged(answer):
+    """What a row says of an answer that arrived: "status", "reason" if it is refused, "text", and
+    "content" where what came is not the text alone.
+
+    answer  endpoint.Answer
+    """
+    text = data.answer_of(answer.text)
+    if answer.finish != "stop":
+        row = {"status": "refused", "reason": f"finish_reason is {answer.finish!r}", "text": text}
+    elif not text.strip():
+        reason = "only thinking" if answer.text.strip() else "empty"
+        row = {"status": "refused", "reason": reason, "text": text}
+    else:
+        row = {"status": "answered", "text": text}
+    return row if text == answer.text else {**row, "content": answer.text}
 
 
 def work(teacher, todo, bar, errors, task, args, purse, answers, stop):

@@ -81,6 +81,18 @@ def test_the_baselines_are_the_prior_each_teacher_and_their_vote(three):
     assert list(evaluate.baselines(cases(({"Edema": "no"}, [])), studies, three)) == ["label prior"]
 
 
+def test_a_teacher_or_a_vote_that_was_never_read_has_no_accuracy(three):
+    studies = cases(({"Edema": "yes"}, ["edema yes", "it looks fine"]),
+                    ({"Edema": "no"}, ["edema yes", "all is well"]))
+    rows = evaluate.baselines(studies, studies, three)
+    assert rows["u"]["accuracy"] == {"Edema": 0.5} and rows["v"] == {
+        "accuracy": {}, "mean": None, "n": {"Edema": 2}, "unread": 1, "agreement_with_vote": 0}
+    line = tables.accuracy_table(rows, three.findings).splitlines()[-2]
+    assert line.split() == ["v", "-", "-", "1.000"]
+    nothing = cases(({"Edema": "yes"}, ["it looks fine"]))
+    assert evaluate.baselines(nothing, studies, three)["vote of the teachers"]["accuracy"] == {}
+
+
 def test_a_voice_is_known_by_its_first_words():
     studies = cases(({}, ["The film shows edema.", "Key points: edema"]),
                     ({}, ["the  FILM shows\nno edema", "The film shows nothing"]))
@@ -133,7 +145,7 @@ def test_the_table_leaves_out_findings_that_nobody_has_and_marks_what_one_row_la
     text = tables.accuracy_table({"a": scores(Effusion=0.5, Heart=1.0), "b": scores(Effusion=0.25)},
                                  ("Effusion", "Edema", "Heart"))
     assert text.splitlines()[0].split() == ["Effusi", "Heart", "mean", "sampled", "unread"]
-    assert text.splitlines()[2].split() == ["b", "0.250", "nan", "0.250", "0.125"]
+    assert text.splitlines()[2].split() == ["b", "0.250", "-", "0.250", "0.125"]
 
 
 def test_the_papers_figures_stay_below_their_findings_when_the_data_lack_one():

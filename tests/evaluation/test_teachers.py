@@ -75,6 +75,45 @@ def test_precision_recall_accuracy_and_refusals_by_hand():
     assert (positive["a"]["tp"], positive["b"]["fn"]) == (3, 2)
 
 
+MUTE = chest(*[(study.report, study.labels, {
+    **study.trajectories, "vague": f"It looks fine to me, film {i}.",
+    **({} if i else {"c": "I'm sorry, but I cannot interpret X-rays."})})
+    for i, study in enumerate(FEW)])
+
+
+def test_a_teacher_of_which_nothing_is_read_has_no_accuracy_and_is_nobodys_worst():
+    before, after = (teachers.measure(some, data.CHEST, "labels", samples=20)
+                     for some in (FEW, MUTE))
+    assert {name: (row["unread"], row["refused"]) for name, row in after["teachers"].items()} == {
+        "a": (0, 0), "b": (0, 0.5), "vague": (1, 0), "c": (0, 1)}  # a refusal is not unread
+    for name in ("vague", "c"):
+        row = after["teachers"][name]
+        figures = ("precision", "recall", "f1", "mean")
+        assert [row[key] for key in figures] == [None] * 4 and row["accuracy"] == row["n"] == {}
+    assert after["gap"] == before["gap"] and after["errors"] == before["errors"]
+    assert [row[:2] for row in after["kappa"]["matrix"][:2]] == before["kappa"]["matrix"]
+    assert after["kappa"]["matrix"][2] == [None] * 4
+    half = teachers.measure(
+        chest(*[("Edema.", {"Edema": 1}, {"a": text}) for text in ("Edema.", "Fine.")]),
+        data.CHEST, "labels", samples=20)["teachers"]["a"]
+    assert (half["unread"], half["accuracy"]) == (0.5, {"Edema": 0.5})
+
+
+def test_the_table_has_a_column_of_what_could_not_be_read():
+    lines = teachers.drift_table(
+        teachers.measure(MUTE, data.CHEST, "labels", samples=20), data.CHEST).splitlines()
+    head, *rows = lines[1:6]
+    assert head.split()[-2:] == ["refused", "unread"]
+    assert [row.split()[-2:] for row in rows] == [
+        ["0.000", "0.000"], ["0.500", "0.000"], ["0.000", "1.000"], ["1.000", "0.000"]]
+    at = next(i for i, line in enumerate(lines) if line.startswith("accuracy"))
+    (vague,) = [line for line in lines[at:] if line.startswith("vague")]
+    assert set(vague.split()[1:]) == {"-"}
+    nobody = teachers.measure(chest((None, {"Edema": 1}, {"a": "Fine.", "b": "Good."})), data.CHEST)
+    assert nobody["gap"] == {} and nobody["errors"]["given"] == []
+    assert "accuracy" not in teachers.drift_table(nobody, data.CHEST)
+
+
 def test_against_the_report_its_findings_are_the_truth():
     rows = teachers.measure(FEW, data.CHEST, "report")["teachers"]
     assert rows["a"]["accuracy"]["Pneumonia"] == 1

@@ -896,7 +896,15 @@ add("tools/check.py", CHECK, {
         "--student other --skip_images", {"other/tokenizer.json": "{"},
         "other/tokenizer.json: expected the student's tokenizer: EOF while parsing..."),
 })
+add("tools/check.py", "tools/check.py studies.jsonl --show 5", {
+    "nothing to show": (
+        {"studies.jsonl": [record("a", trajectories=None), "{"]},
+        "studies.jsonl: no record with an id has trajectories, expected the teachers' texts"),
+})
 for what, flags, says in (
+        ("no text to show", "--show 0", "--show 0: expected at least 1"),
+        ("a look and a check", "--show 5",
+         "--show: checks nothing, expected neither --out nor --json with it"),
         ("an unknown kind", "--allow refusal,typo",
          "--allow typo: expected some of json, field, label, ..."),
         ("its own input", "--out studies.jsonl",
@@ -1450,6 +1458,18 @@ CHECKED |= {
     "a refusal": Case(
         CHECK, "studies.jsonl:2: refusal: 'u' declines: 'I cannot say'",
         studies(record("b", trajectories={"u": "I cannot say"}))),
+    "thinking without an answer": Case(
+        CHECK, "studies.jsonl:2: refusal: 'u' only thinks",
+        studies(record("b", trajectories={"u": "<think>no edema</think>"}))),
+    "a mark of a chat template": Case(
+        CHECK,
+        "studies.jsonl:2: chat marker: 'u' says '<|im_end|>', expected the answer without marks of "
+        "a chat template",
+        studies(record("b", trajectories={"u": "no edema<|im_end|>"}))),
+    "a loop": Case(
+        CHECK,
+        "studies.jsonl:2: loop: 'u' says 'mild edema' 5 times or more, expected it once",
+        studies(record("b", trajectories={"u": "mild edema, " * 5}))),
     "nobody asked yet": Case(
         CHECK,
         "warning: there is nothing to train on before tools/collect.py or tools/convert.py studies "

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import time
 
 import check
 import pytest
@@ -82,6 +83,17 @@ BAD = {  # what a line holds -> its kinds
         record("x", trajectories={"a": "Edema is  seen.", "b": "edema is seen.", "c": "No edema."}),
         ["same text"]),
     "refusal": (record("x", trajectories={"a": NO_HELP, "b": SAYS["b"]}), ["refusal"]),
+    "only thinking": (
+        record("x", trajectories={"c": "<think>Edema?</think>", "d": "<think>Edema.", **SAYS}),
+        ["refusal", "refusal"]),
+    "same text but for the thinking": (
+        record("x", trajectories={"a": "<think>Hm.</think> No edema.", "b": "no edema."}),
+        ["same text"]),
+    "chat markers": (
+        record("x", trajectories={"a": "No edema.<|im_end|>", "b": "<s>[INST] No edema."}),
+        ["chat marker", "chat marker"]),
+    "a loop": (
+        record("x", trajectories={"a": "The lungs are clear. " * 5, "b": SAYS["b"]}), ["loop"]),
     "everything": (
         record("x", "gone.png", {"Flu": 1},
                {"a": "I'm sorry, but I cannot interpret medical images."}),
@@ -109,6 +121,78 @@ def test_all_faults_of_a_file_come_at_once_and_are_counted_by_record(films, caps
     assert found["good"] == 0 and found["kinds"] == {kind: n for kind, n in expected.items() if n}
 
 
+@pytest.mark.parametrize("mark", [
+    "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|start_header_id|>", "<|User|>",
+    "<｜end▁of▁sentence｜>", "<start_of_turn>", "<end_of_turn>",
+    "<end_of_utterance>", "[INST]", "[/INST]", "<<SYS>>", "<s>", "</s>", "<bos>", "<eos>", "<pad>",
+    "<image>", "<|END_OF_TURN_TOKEN|>"])
+def test_a_chat_templates_own_marks_are_none_of_the_answer(mark):
+    assert check.CHAT_MARKER.search(f"No edema.{mark}\n")[0] == mark
+
+
+@pytest.mark.parametrize("text", [
+    "A nodule <3 mm> or > 2 cm; |a| < b | c > d.", "| Edema | no |\n|---|---|", "[1] Edema [x]",
+    "<b>Edema</b>: <sup>1</sup> no <br/>", "Start of turn; [INSTITUTION] [instead]", "<- left"])
+def test_other_signs_are_no_marks_of_a_chat_template(text):
+    assert not check.CHAT_MARKER.search(text)
+
+
+def test_marks_around_an_answer_and_its_thinking_are_looked_through(films, capsys):
+    says = {"a": "<think>x<|im_end|></think><|begin_of_box|>No edema.<|end_of_box|>", "b": "Edema."}
+    found, _, _ = run(films, [record("x", trajectories=says)], capsys=capsys)
+    assert found["kinds"] == {}
+
+
+CLEAR = "The lungs are clear."
+CYCLE = " ".join(f"word{i}" for i in range(30))
+LOOPS = {  # a text -> what it repeats
+    "a sentence in a row": (CLEAR * 1 + f" {CLEAR}" * 4, "the lungs are clear"),
+    "a sentence between others": (
+        "".join(f"{CLEAR} The film number {i} is good.\n" for i in range(5)),
+        "the lungs are clear"),
+    "a line": ("the lungs are clear\n" * 5, "the lungs are clear"),
+    "items": ("".join(f"{i}. {CLEAR}\n" for i in range(1, 6)), "the lungs are clear"),
+    "in other letters": (f"{CLEAR} {CLEAR.upper()} " * 3, "the lungs are clear"),
+    "one word": ("There is edema" + " and" * 5, "and"),
+    "a phrase, cut in the middle": (
+        "Seen: " + "left, then right, " * 5 + "left", "then right left"),
+    "thirty words": ("A film. " + f"{CYCLE} " * 5, CYCLE),
+    "a row": ("| Finding | |\n" + "| Edema | no |\n" * 5, "| edema | no |"),
+    "another script": ("肺部清晰。" * 5, "肺部清晰"),
+}
+
+
+@pytest.mark.parametrize("name", LOOPS)
+def test_a_loop_is_a_sentence_five_times_or_an_end_that_repeats(name):
+    text, repeated = LOOPS[name]
+    assert check.loop(text) == repeated
+
+
+@pytest.mark.parametrize("text", [
+    "",
+    f"{CLEAR} " * 4,
+    "No edema. " * 4 + "No fracture. No edema.",
+    "Yes. No. " * 2 + "very " * 9 + "large",  # not the end of the text
+    f"{CYCLE} more " * 5,  # 31 words
+    "\n".join(f"{finding}\nNot seen in this image.\n" for finding in data.CHEST.findings),
+    "\n".join(f"{i}. **{finding}**: no\n   - Basis: not seen in this image."
+              for i, finding in enumerate(data.CHEST.findings)),
+    json.dumps([{"finding": finding, "present": False, "basis": "Not seen in this image."}
+                for finding in data.CHEST.findings], indent=1),
+    "| Edema | Pneumonia | Fracture | a | b | c |\n|-|-|-|-|-|-|\n| no | no | no | no | no | no |"])
+def test_what_is_said_of_each_finding_is_no_loop(text):
+    assert check.loop(text) is None
+
+
+def test_long_texts_are_looked_through_for_loops_and_marks_in_linear_time():
+    for text in ("a" * 500_000, "| " * 200_000, "\n| " * 200_000, "word " * 100_000 + "x",
+                 "<|" * 200_000, "<start_of_" * 50_000, ". " * 200_000, "a b c. " * 80_000):
+        begin = time.monotonic()
+        check.loop(text)
+        check.CHAT_MARKER.search(text)
+        assert time.monotonic() - begin < 5
+
+
 def test_the_second_of_two_equal_ids_is_the_fault(films, capsys):
     lines = [record("a"), record("b"), "", record("a", "gone.png"), record("a")]
     found, by_line, out = run(films, lines, capsys=capsys)
@@ -130,18 +214,25 @@ def test_a_diagnosis_in_the_students_prompt_is_a_leak(films, tmp_path, capsys):
         "positive": ["much"],
         "prompts": {"student": "There is rust everywhere. Describe it.",
                     "teacher": "{diseases}", "compare": "{readers}"}}
-    (tmp_path / "task.json").write_text(json.dumps(task))
     lines = [record("much", labels={"rust": "much"}), record("none", labels={"rust": "none"})]
-    _, by_line, _ = run(films, lines, "--task_file", tmp_path / "task.json", capsys=capsys)
-    assert by_line == {1: ["leak"]}
+    for prompt, leaks in ((task["prompts"]["student"], {1: ["leak"]}),
+                          ("Why is there rust everywhere?", {1: ["leak"]}),
+                          ("Is there rust everywhere?", {})):
+        task["prompts"]["student"] = prompt
+        (tmp_path / "task.json").write_text(json.dumps(task))
+        _, by_line, _ = run(films, lines, "--task_file", tmp_path / "task.json", capsys=capsys)
+        assert by_line == leaks
 
 
 def test_what_is_allowed_is_counted_and_rejects_nothing(films, tmp_path, capsys):
     good = tmp_path / "good.jsonl"
     lines = [record("r", trajectories={"a": NO_HELP}), record("m", "gone.png"), record("g")]
-    found, by_line, _ = run(films, lines, "--allow", "refusal", "--out", good, capsys=capsys)
-    assert by_line == {1: ["refusal"], 2: ["image missing"]}
-    assert found["good"] == 2 and found["kinds"] == {"refusal": 1, "image missing": 1}
+    lines[2]["trajectories"] = {"a": "No edema.<|im_end|>", "b": f"{CLEAR} " * 5}
+    allowed = "refusal,chat marker,loop"
+    found, by_line, _ = run(films, lines, "--allow", allowed, "--out", good, capsys=capsys)
+    assert by_line == {1: ["refusal"], 2: ["image missing"], 3: ["chat marker", "loop"]}
+    assert found["good"] == 2 and found["kinds"] == {
+        "image missing": 1, "refusal": 1, "chat marker": 1, "loop": 1}
     assert [json.loads(line)["id"] for line in good.read_text().splitlines()] == ["r", "g"]
     with pytest.raises(SystemExit):
         check.parse(["studies.jsonl", "--allow", "refusals"])
@@ -205,6 +296,103 @@ def test_special_tokens_in_a_text_are_counted_as_text(base, task, processor):
     assert lengths == [len(processor.tokens(text)) + 1]
 
 
+def test_thinking_has_no_tokens_of_the_answer(films, base):
+    says = {"a": "<think>Is it edema, or is it pneumonia?</think>No edema.", "b": "No edema."}
+    found, _, _ = run(films, [record("s", trajectories=says)], "--student", base, "--skip_images")
+    assert found["tokens"]["a"] == found["tokens"]["b"]
+
+
+UNREAD = "It looks \x1b[2J fine to me, " + "so it does, " * 9
+FEW = [
+    record("s0", trajectories={"a": SAYS["a"], "b": NO_HELP}),
+    record("s1", trajectories={"a": f"\n<think>Edema?</think> {UNREAD}", "b": "<think>Edema."}),
+    record("s2", trajectories={"a": "Good.", "b": SAYS["b"]}),
+    record("s3", labels={"Flu": 1}, trajectories={"a": "Fine."}),
+    record("s4", trajectories={"a": " ", "c": "Edema."})]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_the_share_of_texts_that_could_not_be_read_is_told_for_each_teacher(films, workers):
+    found, _, _ = run(films, FEW, "--num_workers", workers)
+    assert found["unread"] == {
+        "a": {"texts": 4, "unread": 3, "share": 0.75,
+              "example": {"id": "s1", "text": UNREAD[:80].replace("\x1b", "\\x1b")}},
+        "b": {"texts": 3, "unread": 0, "share": 0.0, "example": None}}  # refusals are none of them
+
+
+# ------------------------------------------------------------------------------------------- --show
+
+def shown(path, *flags, capsys):
+    """What --show prints, as {(id, teacher): lines}."""
+    capsys.readouterr()
+    check.show(check.parse([str(path), *map(str, flags)]))
+    blocks = capsys.readouterr().out.removesuffix("\n\n").split("\n\n")
+    return {tuple(block.split("\n")[0].split(", ")): block.split("\n")[1:] for block in blocks}
+
+
+def test_show_prints_a_text_and_below_it_what_was_read_and_the_words_that_decided(films, capsys):
+    odd = "No edema.\r\nThe heart is large.\u2028"
+    run(films, [*FEW, record("s5", "gone.png", trajectories={"c": odd})])
+    blocks = shown(films.parent / "studies.jsonl", "--show", 100, capsys=capsys)
+    assert list(blocks) == [("s0", "a"), ("s0", "b"), ("s1", "a"), ("s1", "b"), ("s2", "a"),
+                            ("s2", "b"), ("s3", "a"), ("s5", "c")]
+    assert blocks["s0", "a"] == ["    Small left pleural effusion.",
+                                 "  Pleural Effusion: 1   <- Small left pleural effusion."]
+    assert blocks["s0", "b"] == [f"    {NO_HELP}", "  declines"]
+    assert blocks["s1", "a"] == ["    " + UNREAD.strip().replace("\x1b", "\\x1b"),
+                                 "  nothing was read"]
+    assert blocks["s1", "b"] == ["    (only thinking)", "  declines"]
+    assert blocks["s5", "c"] == [
+        "    No edema.\\r", "    The heart is large.\\u2028",
+        "  Cardiomegaly: 1   <- The heart is large.", "  Edema: 0   <- No edema."]
+
+
+def test_show_chooses_evenly_over_the_file_and_the_teachers(films, capsys):
+    lines = [record(f"s{i}", trajectories={"a": "Edema.", "b": "No edema.", "c": f"Film {i}."})
+             for i in range(300)]
+    lines[100]["trajectories"]["rare"] = "Edema."
+    run(films, lines[:1])
+    path = films.parent / "studies.jsonl"
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    chosen = list(shown(path, "--show", 21, capsys=capsys))
+    assert list(shown(path, "--show", 21, capsys=capsys)) == chosen and len(set(chosen)) == 21
+    at = [int(name[1:]) for name, _ in chosen]
+    for teacher, number in {"a": 7, "b": 7, "c": 6, "rare": 1}.items():
+        of = [i for i, (_, name) in zip(at, chosen) if name == teacher]
+        assert len(of) == number
+        if number > 1:
+            gaps = [later - earlier for earlier, later in zip(of, of[1:])]
+            assert of[0] < 60 and of[-1] > 240 and max(gaps) - min(gaps) <= 1
+    assert len(set(at)) > 15
+    assert len({teacher for _, teacher in shown(path, "--show", 3, capsys=capsys)}) == 3
+
+
+def test_show_leaves_out_the_middle_of_a_long_text_and_of_the_words_that_decided(films, capsys):
+    words = "and again " * 1000
+    run(films, [record("s", trajectories={"a": f"Edema {words} is seen <|im_end|>"})])
+    text, *read = shown(films.parent / "studies.jsonl", "--show", 1, capsys=capsys)["s", "a"]
+    assert 1200 < len(text) < 1300 and text.endswith("<|im_end|>") and "    Edema and" in text
+    assert "[... 8,825 characters ...]" in text
+    assert read and all(line.startswith("  Edema: 1   <- Edema and") and len(line) < 300
+                        for line in read)
+
+
+def test_show_reads_by_the_task_file_and_ends_with_status_0_whatever_else_is_wrong(tmp_path, world):
+    lines = ["{torn", json.dumps(record("", trajectories=SAYS)),
+             json.dumps(record("s", "gone.png", {"Flu": 1}, {"a": "edema mild"}))]
+    (tmp_path / "studies.jsonl").write_text("\n".join(lines))
+    done = main(tmp_path / "studies.jsonl", "--show", 5, "--task_file", world / "task.json")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "s, a\n    edema mild\n  Edema: mild   <- edema mild\n" in done.stdout
+    (tmp_path / "studies.jsonl").write_text(json.dumps(record("s", trajectories={})))
+    done = main(tmp_path / "studies.jsonl", "--show", 5)
+    assert done.returncode == 1 and done.stderr.endswith(
+        "studies.jsonl: no record with an id has trajectories, expected the teachers' texts\n")
+    for flags in (["--show", "0"], ["--show", "5", "--json"], ["--show", "5", "--out", "x.jsonl"]):
+        with pytest.raises(SystemExit):
+            check.parse(["studies.jsonl", *flags])
+
+
 def test_workers_find_what_one_process_finds(films, capsys):
     lines = [record(f"s{i}", "gone.png" if i % 7 == 0 else "good.png") for i in range(300)]
     lines.append(record("s5"))
@@ -219,14 +407,20 @@ def main(*flags):
 
 
 def test_the_command_prints_counts_and_its_status_says_whether_all_is_well(films, tmp_path):
-    lines = [json.dumps(record("s0", "good.png")), json.dumps(record("s1", "gone.png"))]
+    lines = [json.dumps(record("s0", "good.png")),
+             json.dumps(record("s1", "gone.png", trajectories={**SAYS, "b": "Good."}))]
     (tmp_path / "studies.jsonl").write_text("\n".join(lines))
     done = main(tmp_path / "studies.jsonl", "--images", films, "--json")
     assert done.returncode == 1
     assert "1 records: image missing" in done.stdout and "1 of 2 records are good" in done.stdout
     assert json.loads(done.stdout.splitlines()[-1]) == {
         "records": 2, "good": 1, "training": 1, "with trajectories": 1,
-        "kinds": {"image missing": 1}, "tokens": {}}
+        "kinds": {"image missing": 1}, "tokens": {},
+        "unread": {"a": {"texts": 2, "unread": 0, "share": 0.0, "example": None},
+                   "b": {"texts": 2, "unread": 1, "share": 0.5,
+                         "example": {"id": "s1", "text": "Good."}}}}
+    told = f'{"b":24}{2:>9} texts, nothing was read in 1 (50.0%), as in s1: "Good."\n'
+    assert told in done.stdout
     assert main(tmp_path / "studies.jsonl", "--skip_images").returncode == 0
     (tmp_path / "nothing.jsonl").write_text("\n")
     for name, what in (("nothing.jsonl", "no record"), ("gone.jsonl", "No such file")):
@@ -276,7 +470,7 @@ def test_memory_does_not_grow_with_the_records(tmp_path, world):
         with open(tmp_path / "studies.jsonl", "w") as file:
             for i in range(count):
                 line = {"id": f"s{i}", "image": f"{i}.png",
-                        "trajectories": {"a": "edema mild, " * 250}}
+                        "trajectories": {"a": "edema mild", "b": "x"}, "report": "x" * 3000}
                 file.write(json.dumps(line) + "\n")
         done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True,
                               text=True, check=True, env={**os.environ, "PYTHONPATH": path})

@@ -241,6 +241,30 @@ def test_an_empty_or_cut_answer_is_kept_but_not_used_and_not_asked_again(start):
         assert len(chat.asked) == 9
 
 
+def test_thinking_is_not_the_answer_and_nothing_of_it_is_lost(start):
+    contents = ["<think>Is it edema? No.</think>\n\nPneumonia. ", " Edema.\n", "<think>Edema.",
+                "Reasoning\n</think> <answer>No edema.</answer>"]
+    finishes = ["stop", "stop", "stop", "length"]
+
+    def answer(chat, body, nth):
+        return completion(contents[which(chat, body)], finishes[which(chat, body)])
+
+    with serve(answer) as chat:
+        status, rows, merged = start({"a": (chat, {})}, "--limit", 4)
+        start({"a": (chat, {})}, "--limit", 4)
+    assert status == 0 and len(chat.asked) == 4
+    by_id = {row["id"]: row for row in rows}
+    assert [by_id[f"s{i}"]["text"] for i in range(4)] == [
+        "Pneumonia.", contents[1], "", "No edema."]
+    # only what differs from the text is kept beside it
+    assert [by_id[f"s{i}"].get("content") for i in range(4)] == [contents[0], None, *contents[2:]]
+    assert [by_id[f"s{i}"].get("reason") for i in range(4)] == [
+        None, None, "only thinking", "finish_reason is 'length'"]
+    assert [by_id[f"s{i}"]["status"] for i in range(4)] == ["answered"] * 2 + ["refused"] * 2
+    assert [record.get("trajectories") for record in merged[:4]] == [
+        {"a": "Pneumonia."}, {"a": contents[1]}, None, None]
+
+
 def test_a_refused_request_is_not_repeated_but_the_next_call_asks_again(start):
     refused = (400, {"error": "this film is too dark"})
 
@@ -602,6 +626,7 @@ def test_a_dry_run_needs_no_permission_and_says_which_hosts_would_get_images(
 
 def test_the_documentation_has_table_2s_seven_teachers_under_names_that_the_tables_know():
     text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    text = text.split("## Ask the teachers", 1)[1].split("\n## ", 1)[0]
     assert re.findall(r"^\| `([^`]+)` \|", text, re.MULTILINE) == list(teachers.OF_THE_PAPER)
     assert len(teachers.OF_THE_PAPER) == 7
 
