@@ -34,7 +34,8 @@ DENIAL = (r"(?:\b(?:no|not|never|neither|nor|without|hardly|cannot|rather than|i
           r"(?! (?:only|just|doubt|question))")
 # "I would not call the spots severe", "it is unclear whether they are severe"
 CALLED = re.compile(rf"{DENIAL}\W+(?:call|say|describe|consider|rate|grade|think)\b"
-                    r"|\b(?:whether|unclear|uncertain|false|untrue|incorrect|wrong|doubt)\b",
+                    r"|\b(?:whether|unclear|uncertain|false|untrue|incorrect|wrong"
+                    r"|(?<!no )(?<!without )doubt)\b",
                     re.IGNORECASE)
 DENIES = re.compile(DENIAL, re.IGNORECASE)
 # but "not severe but mild" says mild
@@ -53,7 +54,8 @@ HEADING = re.compile(r"\s*(?:#|\*\*[^*]+\*\*:?\s*$|.*:\s*$)")
 class _Hit(NamedTuple):
     """A phrase that was found in a chunk of a clause.
 
-    joins   whether "and" or "or" stands between the class and the finding
+    apart   1 where "and" or "or" stands between the class and the finding, 2 where the phrase is
+            only the finding, else 0
     length  of what was matched, in words
     start   where it begins
     words   (start, end) of its words on the side of the class
@@ -61,7 +63,7 @@ class _Hit(NamedTuple):
     group   number of the findings that are named
     leads   whether the class stands before the findings
     """
-    joins: bool
+    apart: int
     length: int
     start: int
     words: tuple
@@ -97,7 +99,7 @@ class Phrases:
         text  str of any length, in which JSON, tables, lists and headings are understood
         Returns {finding: (class, the line or clause that decided)}.
         """
-        text, found = unfold(text, self._label), {}
+        text, found = unfold(text.replace("\x00", " "), self._label), {}
         if not self._name.search(text):
             return found
         for way in (self._read_items, self._read_running):
@@ -244,10 +246,11 @@ class Phrases:
 
     def _chunks(self, clause):
         """A clause cut at "but" and at its commas, not at those between joined findings."""
-        chunks, start = [], 0
-        inside = [match.span() for match in self._group.finditer(clause)]
+        chunks, start, joined = [], 0, bytearray(len(clause) + 1)
+        for match in self._group.finditer(clause):
+            joined[slice(*match.span())] = b"x" * len(match[0])
         for match in CHUNK_END.finditer(clause):
-            if not any(first <= match.start() < last for first, last in inside):
+            if not joined[match.start()]:
                 chunks.append(clause[start:match.start()])
                 start = match.end()
         return [*chunks, clause[start:]]
@@ -263,7 +266,7 @@ class Phrases:
         marked = self._group.sub(number, chunk)
         read, taken = {}, bytearray(len(marked))
         for hit in sorted(self._hits(marked)):
-            if any(taken[slice(*hit.words)]):
+            if any(taken[slice(*hit.words)]) or (hit.apart == 2 and hit.group in read):
                 continue  # a class is told of the findings that are nearest
             taken[slice(*hit.words)] = b"x" * (hit.words[1] - hit.words[0])
             read.setdefault(hit.group, {}).setdefault(hit.leads, hit)
@@ -282,7 +285,8 @@ class Phrases:
                     hit = _hit(match, value)
                     # what may deny it stands before its words, or between the finding and the last
                     before = marked[max(0, hit.start - REACH):hit.start]
-                    said = before if hit.leads else match[0][:-len(words[-1])]
+                    inside = match[0][:-len(words[-1])] if words else ""
+                    said = before if hit.leads else inside
                     called = CALLED.search(marked[max(0, match.start() - REACH):match.start()])
                     if not called and (denies or not DENIED.search(said)):
                         yield hit
@@ -329,7 +333,9 @@ def _running(phrase):
             continue
         expression += between if expression else ""
         if token == "{finding}":
-            expression += r"\x00(?P<group>\d+)\x00"
+            # the first one is told of
+            number = r"\d+" if "(?P<group>" in expression else r"(?P<group>\d+)"
+            expression += rf"\x00{number}\x00"
         else:
             expression += rf"(?<!\w){re.escape(token)}(?!\w)"
     denies = bool(DENIES.search(phrase))
@@ -386,7 +392,8 @@ def _hit(match, value):
     leads = match.start() < group[0]
     words = (match.start(), group[0]) if leads else (group[1], match.end())
     said = match.string[slice(*words)]
-    joins = bool(re.search(r"\b(?:and|or|nor)\b", said))
-    return _Hit(joins, len(match[0].split()), match.start(), words, value, int(match["group"]),
+    # a phrase that is only {finding} comes last of all
+    apart = 1 if re.search(r"\b(?:and|or|nor)\b", said) else 2 if not said else 0
+    return _Hit(apart, len(match[0].split()), match.start(), words, value, int(match["group"]),
                 leads)
 

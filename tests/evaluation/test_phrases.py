@@ -68,6 +68,12 @@ def test_a_star_is_at_most_four_words():
     assert phrases.read("many small round dark brown old spot") == {}
 
 
+def test_a_phrase_may_name_the_finding_twice_and_a_text_may_hold_any_character():
+    phrases = Phrases({"A": ["spot"]}, {"many": ["{finding} beside {finding}"]})
+    assert phrases.read("a spot beside a \x000\x00 \x007\x00 spot") == {}
+    assert phrases.read("\x00spot\x00 beside spot")["A"][0] == "many"
+
+
 @pytest.mark.parametrize("text, expected", [
     ("Spots: yes, holes: no", {"Spots": "present", "Holes": "absent"}),
     ('{"Spots": true, "Holes": false}', {"Spots": "present", "Holes": "absent"}),
@@ -105,7 +111,8 @@ def test_docs_say_what_a_phrase_reaches():
 
 @pytest.mark.parametrize("piece", [
     "spots, ", "no spots and ", "spots: many, ", "| spots ", "{", "[[", "many - ", "spots\n",
-    "not ", "many many ", ", and ", "{'a': ", "{'a': }", "spots\na: b\n", "a: b\n"])
+    "not ", "many spots here, ", "many many ", ", and ", "{'a': ", "{'a': }",
+    "spots\na: b\n", "a: b\n"])
 def test_reading_takes_time_in_proportion(piece):
     phrases = Phrases(
         {"Spots": ["spots"], "Holes": ["holes"]},

@@ -1545,7 +1545,8 @@ def test_special_tokens_in_a_teachers_text_are_text(run, base):
     assert loss_of(run, text=words)[1] == len(ids) + 1
     files = {
         "studies.jsonl": [record(id, trajectories={"u": words, "w": "no edema"}) for id in "abcd"]}
-    command = "tools/check.py studies.jsonl --task_file task.json --student student --json"
+    command = ("tools/check.py studies.jsonl --task_file task.json --student student --json "
+               "--allow 'chat marker'")
     done = run(Case(command, "", files))
     assert json.loads(done.stdout.splitlines()[-1])["tokens"]["u"]["longest"] == len(ids) + 1
     for command in (f"{READERS['apo.py']} --dry_run --no-bf16",
