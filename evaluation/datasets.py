@@ -224,11 +224,18 @@ _COURSE = {
         "smaller", "less extensive", "resolved", "resolving", "resolution", "cleared", "clearing"),
     "stable": (
         "stable", "unchanged", "unaltered", "persistent", "persists", "persisting", "similar",
-        "constant"),
+        "constant", "same"),
     "worsening": (
         "worsening", "worsened", "worse", "increased", "increasing", "increase", "larger",
         "more extensive", "enlarged", "enlarging", "enlargement", "grown", "growing",
         "progressed", "progressing"),
+}
+# more that is said of one
+_MORE = {
+    "improving": ["less {finding}", "{finding} * no longer"],
+    "stable": [],
+    "worsening": ["more {finding}", "new * {finding}", "{finding} * appeared",
+                  "{finding} * developed"],
 }
 # denied, they say that the finding is as it was: "no significant change", "has not improved"
 _CHANGE = ("change", "changed", "improvement", "improved", "improving", "worsening", "worsened",
@@ -239,7 +246,8 @@ _CHANGE = ("change", "changed", "improvement", "improved", "improving", "worseni
 def _phrases(course):
     """The phrases of a course: a word behind the finding, or before it as in "decrease in the size
     of the left effusion", and what is said where a change is denied."""
-    phrases = [phrase for word in _COURSE[course]
+    phrases = [*_MORE[course]]
+    phrases += [phrase for word in _COURSE[course]
                for phrase in (f"{{finding}} * * {word}", f"{word} * * {{finding}}")]
     if course == "stable":
         phrases += [phrase for word in _CHANGE

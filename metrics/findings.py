@@ -142,7 +142,13 @@ _OWN_DOUBT = re.compile(
 # "no pneumothorax and | effusions have developed", "... and | atelectasis persists"
 _OWN_VERB = re.compile(
     r"(?:,? and)? (?:[^\s,]+ ){1,5}(?:(?:has|have|had) (?!not)"
-    r"|(?:persist|remain|worsen|increas|develop|appear)(?:s|ed)?\b)")
+    r"|(?:persist|remain|worsen|increas|develop|appear)(?:s|ed)?\b"
+    r"|(?:is|are) (?:\w+ )?(?:stable|unchanged|enlarged|increased|larger|worse|improved|decreased"
+    r"|smaller|new)\b)")
+# "no pneumothorax, | chest tube in good position"
+_OWN_DEVICE = re.compile(
+    r"(?:,? and)? (?:[^\s,]+ ){0,3}(?:tube|catheter|line|lead|pacemaker|picc|port|device)s?"
+    r" (?:tip|in|with|terminat|end|project|overl|remain|is|are)")
 # "no pneumothorax, and | a nodule is seen"; but "no pneumothorax, nodule, and mass is seen"
 _IS_THERE = re.compile(
     r"(?:,? and)? (?:[^\s,]+ ){1,5}(?:is|are|was|were) (?!not|no\b|absent|ruled)")
@@ -152,6 +158,7 @@ _ARTICLE = re.compile(r"\b(?:a|an|any)\b")
 _COPULA = re.compile(r"\b(?:is|are|was|were)\b")
 # "enlarged and | stable", which is one status
 _STILL = re.compile(r" (?:stable|unchanged|unaltered|similar)\b")
+_STILL_END = re.compile(r"\W*$|[,;]| (?:from|since|compared|in|to|when)\b")
 _WORD = re.compile(r"[^\W\d_]+")
 _LATIN = re.compile(r"[a-zà-ÿ]")
 _SIDE = re.compile(r"\b(?:left|right)\b")
@@ -180,7 +187,7 @@ def _events(text):
     for match in _PHRASE.finditer(text):
         kind, findings = _KINDS[match.lastindex] if match.lastindex else (match[0], ())
         last = events[-1] if events else None
-        if last and last.kind == "abnormal" and _joins_status(kind, text, match.end()):
+        if last and last.kind == "abnormal" and _joins_status(kind, events, text, match.end()):
             kind = "nothing"
         elif kind in (",", "and") and _begins_clause(text, match, negated):
             kind = "break"
@@ -198,9 +205,16 @@ def _events(text):
     return events
 
 
-def _joins_status(kind, text, end):
-    """Whether a comma, "and" or "but" that ends at `end` joins a status to "stable"."""
-    return kind in (",", "and", "break") and bool(_STILL.match(text, end))
+def _joins_status(kind, events, text, end):
+    """Whether a comma, "and" or "but" that ends at `end` joins the last status to "stable".
+
+    It does in "enlarged and stable heart", and not in "heart enlarged, stable mediastinum".
+    """
+    still = _STILL.match(text, end) if kind in (",", "and", "break") else None
+    if not still:
+        return False
+    attributive = kind != "," and all(event.kind != "anatomy" for event in events)
+    return attributive or bool(_STILL_END.match(text, still.end()))
 
 
 def _begins_clause(text, match, negated):
@@ -215,7 +229,7 @@ def _begins_clause(text, match, negated):
         return True
     if negated is None:
         return False
-    if _OWN_DOUBT.match(text, end) or _OWN_VERB.match(text, end):
+    if any(own.match(text, end) for own in (_OWN_DOUBT, _OWN_VERB, _OWN_DEVICE)):
         return True
     denied = text[negated:match.start()]
     # "no pneumothorax is seen and", "no pneumothorax, and"; in "no pneumothorax, nodule, and" a
@@ -348,19 +362,21 @@ def _mark_contrasts(events):
 def _mark_alternatives(events):
     """Mentions joined by "or", "versus" are uncertain unless something else is said of them.
 
-    "A, B, or C" joins all three, but of "opacity, atelectasis or pneumonia" the first is there and
-    the others may explain it.
+    "A, B, or C" joins all three; in "opacity, atelectasis or pneumonia" the first is there and the
+    others may explain it.
     """
     for at, middle in enumerate(events):
         if middle.kind not in ("or", "versus"):
             continue
         before, right = events[:at], next(iter(events[at + 1:]), None)
-        if before and before[-1].kind == "," and middle.start - before[-1].end <= 1:
-            before = before[:-1]
+        lists = before and before[-1].kind == "," and middle.start - before[-1].end <= 1
+        before = before[:-1] if lists else before
         precedes = before and before[-1].kind in _TARGETS and middle.start - before[-1].end <= 15
         follows = right and right.kind in _TARGETS and right.start - middle.end <= 40
         if precedes:
-            for left in _listed(before):
+            # "A, B or both"
+            both = middle.end - middle.start > len("or") and middle.kind == "or"
+            for left in _listed(before) if lists or both else before[-1:]:
                 left.after = left.after or "unc"
         if follows and (precedes or middle.kind == "versus"):
             right.after = right.after or "unc"
@@ -480,7 +496,8 @@ def _list_state(text, events):
     only = kinds[0] if len(kinds) == 1 else ""
     if only.startswith("neg<") or text.startswith("negative"):
         return "neg"
-    return "unc" if only.startswith("unc<") or "differential" in text else None
+    doubts = only.startswith("unc<") or "differential" in text or text.startswith("ddx")
+    return "unc" if doubts else None
 
 
 def _is_generic(text, events):

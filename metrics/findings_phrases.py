@@ -82,6 +82,9 @@ NOT_MENTIONS = (
     "|heart rate/disease|not only|no doubt"
     "|no ~ increase/decrease/worsening/progression/improvement"
     "|not ~ displaced/larger/smaller/worse|no more/less than"
+    "|prior/previous/old/remote infection/pneumonia"
+    "|prior/previous/old/remote granulomatous/tuberculous/tuberculosis/histoplasmosis infection"
+    "|greater/larger/bigger/smaller/worse/better/more/less/lower/higher than"
     "|consistent/compatible/keeping/associated/along/together with|when compared"
     "|previously seen/noted/described/identified/visible/reported/demonstrated"
     "|seen/noted/described/identified/present/visible/reported/shown/demonstrated/evident"
@@ -106,7 +109,7 @@ CUES = {
     # They rule what follows: negated, uncertain, uncertain whatever else is said, not about this
     # image.
     "neg": (
-        "no|not|without|no longer|neither|nor|never|negative/unremarkable for"
+        "no|not|without|deny|denying|no longer|neither|nor|never|negative/unremarkable for"
         "|is/are negative for|free of/from|denies|clear/cleared/absence/lack/devoid/none of"
         "|low likelihood/probability/suspicion of|low suspicion for|nothing to suggest/indicate"
         "|excludes|rules/ruling out|argue/argues/arguing/speak/speaks against|evidence against"
@@ -116,7 +119,9 @@ CUES = {
         "|as opposed to|fails to|negative findings|pertinent negatives"
         "|cannot ~ see/identify/detect"),
     "unc": (
-        "may|might|could|would|can be/represent/reflect/indicate"
+        "either|ddx|possibly/perhaps/maybe there is/are/was"
+        "|possibly,/perhaps,/maybe, there is/are/was"
+        "|may|might|could|would|can be/represent/reflect/indicate"
         "|equivocal/indeterminate/inconclusive for"
         "|suspicious/suspicion/concern/concerns/concerning/worrisome for|suspicion of|suspect"
         "|question|question/suggestion/possibility/chance of|doubt|doubtful|than|favor*|favour*"
@@ -132,6 +137,8 @@ CUES = {
         "if|if there|when|history of|risk of/for"
         "|evaluate/evaluation/assess/assessment/look/looking/check/monitor/monitoring/screen for"
         "|evaluation/symptoms of|recommend*|basis for diagnosing|basis for/of the diagnos* of"
+        "|there used to be|used to be|on which there was/were"
+        "|previous/prior film/exam/examination/study/radiograph showed/demonstrated"
         "|considered|at first|initially thought|first/initially thought of|initial impression was"
         "|to determine/confirm|diagnosed with/as|in case/cases of|in patients with"
         "|cannot ~ determine/confirm/diagnose/assess/tell/say/interpret/provide/comment"
@@ -145,14 +152,16 @@ CUES = {
         "|not appear ~ present/visible/evident"
         "|no longer ~ seen/present/visible/identified/evident/visualized/appreciated/noted/apparent"
         "|no longer ~ detected/detectable/demonstrated/shown/found/there/observed"
-        "|incorrect|untrue|not ~ met|not ~ detectable"
+        "|incorrect|untrue|not ~ met|not ~ detectable/supported/placed/implanted/inserted"
+        "|dismissed"
         "|not ~ suspected/suggested|excluded|ruled out|none|nil|false|is/are negative"
         "|not the case"
         "|cannot ~ seen/identified/detected/visualized"),
     "unc<": (
         "cannot/not ~ excluded|cannot/not ~ ruled out|cannot/not ~ distinguished"
         "|may/might/could/would/should not ~ excluded|may/might/could/would/should not ~ ruled out"
-        "|should/could/may ~ considered|a consideration/possibility|in the differential"
+        "|should/could/may ~ considered|a/another consideration/possibility"
+        "|may/might/could/would be a/another consideration/possibility|in the differential"
         "|may/might/could ~ present|may/could have this appearance|of concern|questioned"
         "|incompletely evaluated"),
     "unseen": (
@@ -165,9 +174,8 @@ CUES = {
     "neg<>": "resolved|cleared|removed|unlikely|absent|disappeared|vanished|gone",
     "unc<>": (
         "possible|possibly|probable|probably|questionable|suspected|potential|potentially"
-        "|difficult/hard/impossible to exclude"
-        "|may/might/could/would be difficult/hard/impossible"
-        " to exclude"
+        "|difficult/hard/impossible to ~ exclude"
+        "|may/might/could/would be difficult/hard/impossible to ~ exclude"
         "|presumed|presumably|perhaps|maybe|equivocal|less likely|conceivable|conceivably"
         "|uncertain|unclear|inconclusive"),
     "normal": (
@@ -189,7 +197,7 @@ CUES = {
     "copula": "is|are|was|were|has|have|had|remain*|appear*",
     "verb": "show*|demonstrate*|reveal*|indicates|suggests|contains",
     "purpose": "to suggest/indicate/explain/support",
-    "or": "or",
+    "or": "or|or both",
     "versus": "versus|vs",
     "and": "and|as well as",
     "with": "with|by|due/secondary to",
@@ -204,12 +212,13 @@ CUES = {
         "lung|lungs|aorta|aortic|hila|hilar|hilum|vascularity|vasculature|diaphragm*"
         "|hemidiaphragm*|trachea|bone|bones|bony|osseous|chest|thorax|rib|ribs|spine|exam"
         "|examination|study|radiograph|x ray|film|image|structures|angle|angles|pleura"
-        "|pleural space*|crowding"),
+        "|pleural space*|crowding|skin fold*|artifact*|artefact*"),
 }
 # After a comma or "and" these begin a new statement: "no pneumothorax, stable cardiomegaly".
 CLAUSE_STARTS = (
     "there|the|this|it|stable|unchanged|persistent|mild|mildly|minimal|moderate|moderately"
-    "|severe|trace|small|improved|improving|worsening|again|possible|possibly|probable|probably"
+    "|severe|trace|small|improved|improving|worsening|increasing"
+    "|decreasing|enlarging|larger|again|possible|possibly|probable|probably"
     "|likely|questionable|may|new|(?:presence|persistence|development|appearance|onset) of"
     "|interval development|i can see|i see|i notice|i note|i observe|i find|i do")
 # Sentences about medicine in general.

@@ -19,12 +19,15 @@ _SENTENCE_END = re.compile(
 _ABBREVIATION = re.compile(r"(?:^|[\s(])(?:dr|mr|mrs|ms|vs|e\.g|i\.e|cf|approx|st)$", re.IGNORECASE)
 _LABEL_END = re.compile(r":(?=[\s*_]|$)|\s[-–—]+\s|—")
 # boxes, ticks and signs: "[x] edema", "edema (-)"; few sentences have one
-_HAS_SIGN = re.compile(r"[\[(✓✔✅☑☒❌✗✘☐]|^\s*[-–−+yn]\s*$")
+_HAS_SIGN = re.compile(
+    r"[\[(✓✔✅☑☒❌✗✘☐]|^\s*[-–−+yn]\s*$|\s[-–−+]\s*(?:[,;]|$)")
 _SIGNS = [(re.compile(pattern), new) for pattern, new in (
     (r"\((?:no|negative|absent|[-–−])\)|^\s*[-–−n]\s*$", " absent"),
     (r"\((?:yes|positive|present|\+)\)|^\s*[+y]\s*$", " present"),
     (r"[❌✗✘☐]\W*$", " absent"), (r"[✓✔✅☑☒]\W*$", " present"),
     (r"\(\?\)", " possible"),
+    (r"(?<=\w) [-–−](?=\s*(?:[,;]|$))", " absent"),
+    (r"(?<=\w) \+(?=\s*(?:[,;]|$))", " present"),
     (r"^\[ ?\]", "no "), (r"^\[[x✓✔]\]", ""),  # a box before its finding
     (r"\[ ?\]", " absent"), (r"\[[x✓✔]\]", " present"),
     (r"[❌✗✘☐]", " no "), (r"[✓✔✅☑☒]", " "))]

@@ -153,8 +153,9 @@ def _object_lines(value, label):
     """Yields the lines of a JSON object that is said of `label`."""
     value = {re.sub("(?<=[a-z])(?=[A-Z])|_", " ", str(key)): item for key, item in value.items()}
     keys = {_plain(key): key for key in value}
-    named = next((keys[key] for key in NAMES if isinstance(value.get(keys.get(key)), str)), None)
-    state = next((keys[key] for key in STATES if key in keys), None)
+    names = NAMES if label else (*NAMES, "class", "category")
+    named = next((keys[key] for key in names if isinstance(value.get(keys.get(key)), str)), None)
+    state = next((keys[key] for key in STATES if keys.get(key) not in (None, named)), None)
     others = [key for key, item in value.items() if key != named and isinstance(item, (bool, str))]
     if named and not state and len(others) == 1:
         state = others[0]  # {"finding": "Edema", "course": "stable"}
