@@ -231,7 +231,7 @@ def _begins_clause(text, match, negated):
         return False
     if any(own.match(text, end) for own in (_OWN_DOUBT, _OWN_VERB, _OWN_DEVICE)):
         return True
-    denied = text[negated:match.start()]
+    denied = text[max(negated, match.start() - 300):match.start()]
     # "no pneumothorax is seen and", "no pneumothorax, and"; in "no pneumothorax, nodule, and" a
     # list goes on
     lists = "," in denied or not text.startswith(", and", match.start())

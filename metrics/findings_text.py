@@ -24,7 +24,7 @@ _HAS_SIGN = re.compile(
 _SIGNS = [(re.compile(pattern), new) for pattern, new in (
     (r"\((?:no|negative|absent|[-–−])\)|^\s*[-–−n]\s*$", " absent"),
     (r"\((?:yes|positive|present|\+)\)|^\s*[+y]\s*$", " present"),
-    (r"[❌✗✘☐]\W*$", " absent"), (r"[✓✔✅☑☒]\W*$", " present"),
+    (r"[❌✗✘☐]\W{0,5}$", " absent"), (r"[✓✔✅☑☒]\W{0,5}$", " present"),
     (r"\(\?\)", " possible"),
     (r"(?<=\w) [-–−](?=\s*(?:[,;]|$))", " absent"),
     (r"(?<=\w) \+(?=\s*(?:[,;]|$))", " present"),

@@ -25,6 +25,7 @@ from typing import NamedTuple
 from .findings_text import lines_of
 from .unfold import unfold
 
+LONGEST_LABEL = 80  # characters
 GAP = 4  # how many words a * stands for at most
 REACH = 120  # how many characters before a class what denies it is looked for
 VERB = r"(?:is|are|was|were|be|been|has|have|had|seems?|appears?|looks?)"
@@ -131,8 +132,10 @@ class Phrases:
 
     def _label(self, text):
         """The findings of a label; () where it says anything else beside."""
+        if len(text) > LONGEST_LABEL:
+            return ()
         text = MARKS.sub("", text)
-        if len(text) > 60 or len(re.findall(r"\w+", self._name.sub("", text))) > 3:
+        if len(re.findall(r"\w+", self._name.sub("", text))) > 3:
             return ()
         groups = self._group.findall(text)
         return self._findings_in(groups[-1]) if groups and not self._class_of(text) else ()
@@ -152,7 +155,7 @@ class Phrases:
 
     def _class_alone(self, text):
         """The class that a text tells and nothing else; None where it says more."""
-        text = MARKS.sub("", text)
+        text = MARKS.sub("", text) if len(text) <= LONGEST_LABEL else ""
         return next((value for value, _, words in self._bare if words.fullmatch(text)), None)
 
     def _read_items(self, text):
@@ -242,7 +245,7 @@ class Phrases:
 
     def _answers(self, chunk):
         """Whether a chunk is no more than "yes" or "no"."""
-        return MARKS.sub("", chunk).lower() in ("yes", "no")
+        return chunk.strip(" .!*_").lower() in ("yes", "no")
 
     def _chunks(self, clause):
         """A clause cut at "but" and at its commas, not at those between joined findings."""
