@@ -320,7 +320,7 @@ def _sweep_left(events):
         kind = event.kind
         # "widened mediastinum, heart normal": the first has a status of its own
         event.after, event.status_after = state, None if apart and event.status_before else status
-        apart = apart or kind == ","
+        apart = apart or (kind == "," and used)
         turns_left = kind.endswith("<>") and not event.rules_right
         if kind in _TARGETS:
             used, beside = True, False

@@ -105,7 +105,8 @@ class Phrases:
             return found
         for way in (self._read_items, self._read_running):
             for finding, value, words in way(text):
-                found.setdefault(finding, (value, " ".join(words.split())))
+                if finding not in found:
+                    found[finding] = value, " ".join(words.split())
         return found
 
     def _compile_group(self, name, classes):
