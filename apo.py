@@ -6,6 +6,7 @@ t+ is preferred to every teacher's trajectory.
     L_APO = -E log [ exp r(t+) / ( exp r(t+) + sum_u w_u exp r(t^u) ) ]                       (9-11)
 
 reads   studies.jsonl, positives.jsonl (stage 2), pi_st (stage 1), both start and frozen reference
+        (an adapter's folder: its base with it, from which --train lora goes on)
 writes  OUTPUT_DIR/student, adapter, reference.safetensors, log.jsonl, checkpoints
 
     torchrun --nproc_per_node=4 apo.py                  all stages on the scale model, then a table
@@ -97,7 +98,7 @@ import selfdistill  # noqa: E402
 import student  # noqa: E402
 import training  # noqa: E402
 from runtime import flags, ranks  # noqa: E402
-from runtime.checkpoint import fingerprint  # noqa: E402
+from runtime.checkpoint import as_umask_says, fingerprint  # noqa: E402
 from runtime.records import atomic  # noqa: E402
 from runtime.run_folder import RunFolder  # noqa: E402
 from runtime.shared import shared_map  # noqa: E402
@@ -122,7 +123,7 @@ def parse(argv=None):
                    "'normalised': sum 1 over those present")
     g.add_argument("--length_norm", action=argparse.BooleanOptionalAction, default=False,
                    help="mean instead of sum over tokens")
-    g.add_argument("--nll_alpha", type=float, default=0.0,
+    g.add_argument("--nll_alpha", type=flags.zero_or_more, default=0.0,
                    help="adds this times the NLL of t+ per token (default: %(default)s)")
     return flags.parse(parser, PRESETS, argv)
 
@@ -142,6 +143,8 @@ def after_compare(args):
         positives="stage 2 makes them: selfdistill.py --studies ... --student runs/spd/student "
         "--output_dir runs/positives")
     student.require_family(args.student)
+    train = student.parse_train(args.train)
+    student.require_trainable(args.student, train, args.lora_r, args.lora_alpha)
     return args
 
 
@@ -182,19 +185,75 @@ def terms(tokens, weights, length_norm):
 
 # ------------------------------------------------------------------------ the frozen reference
 
+# nats by which a token's log-prob may differ between two passes, without and with --bf16
+ROUNDING = {False: 1e-4, True: 4e-3}
+
+
+def checked_reference(model, plan, encode, folder, key, weights, args):
+    """The reference, after a look at the first step: at pi_theta = pi_st its losses are known.
+
+    weights, args  as `first_loss` takes them; the others as `reference_logps` takes them
+    A film that was changed in place shows there, and in no key. The reference is then computed
+    again. Returns what `reference_logps` returns. Raises ValueError where that is of no help.
+    """
+    ref = reference_logps(model, plan, encode, folder, key, args.num_workers)
+    off, study, loss, expected = first_loss(model, plan, encode, ref, weights, args)
+    if off > 0:
+        ranks.print_once(f"warning: {folder.path / 'reference.safetensors'}: with it the first "
+                         f"loss of study {study!r} is {loss:.4f}, expected log(1 + sum of w_u) = "
+                         f"{expected:.4f}; its image has changed since, or the processor. "
+                         "Computing the reference again")
+        ref = reference_logps(model, plan, encode, folder, key, args.num_workers, anew=True)
+        off, study, loss, expected = first_loss(model, plan, encode, ref, weights, args)
+    if off > 0:
+        raise ValueError(f"study {study!r}: its first loss is {loss:.4f} with a reference that was "
+                         f"just computed, expected log(1 + sum of w_u) = {expected:.4f}: its image "
+                         "or this machine gives another log pi_st in each pass")
+    return ref
+
+
 @torch.no_grad()
-def reference_logps(model, plan, encode, folder, key, num_workers):
+def first_loss(model, plan, encode, ref, weights, args):
+    """The loss of the study of the first step that is furthest from Eq. 11 at pi_theta = pi_st.
+
+    model    still pi_st
+    plan     training.Plan
+    encode   (epoch, index) -> example as student.Processor returns it
+    ref      (n, 1+N) the reference
+    weights  what `teacher_weights` returns
+    args     the flags: beta, length_norm, bf16
+    Returns (how far it is off beyond rounding, 0 or less where it is not; the study's id; its loss;
+    log(1 + sum_u w_u)), the same on all ranks. A loss of NaN is left to the step, which names it.
+    """
+    packed, found = student.PackedStudent(model).eval(), []
+    for keys in plan.micro_batches()[:plan.accumulation]:
+        (batch,) = student.to_device(
+            model.device, student.pack([encode(*key) for key in keys], model))
+        w, mask, scale = terms(batch["tokens"], weights, args.length_norm)
+        ref_logps = ref[[index for _, index in keys]].to(model.device) * scale          # (B, 1+N)
+        (logps,) = packed(batch)
+        losses, _ = apo_loss(logps * scale, ref_logps, w, mask, args.beta)
+        expected, _ = apo_loss(ref_logps, ref_logps, w, mask, args.beta)
+        rounding = args.beta * ROUNDING[args.bf16] * (batch["tokens"] * scale).amax(1)
+        off = ((losses - expected).abs() - rounding).nan_to_num()
+        found += zip(off.tolist(), batch["studies"], losses.tolist(), expected.tolist())
+    return max(ranks.gather(max(found)))
+
+
+@torch.no_grad()
+def reference_logps(model, plan, encode, folder, key, num_workers, anew=False):
     """log pi_st of all responses, computed once and cached in the run folder.
 
     model   still pi_st: what trains has not moved yet
     encode  (epoch, index) -> example as student.Processor returns it
     key     `reference_key`; a cache of another one is made anew
+    anew    whether it is made anew also where the cache has this key
     Returns (n, 1+N) fp32 on the CPU. It goes through the packed path that trains, and the studies
     share micro-batches as in the first epoch, so that the first rewards are exactly 0 and the first
     loss is log(1 + sum_u w_u).
     """
     file, parts = folder.path / "reference.safetensors", folder.path / "reference.parts"
-    if file.exists():
+    if file.exists() and not anew:
         try:
             with safe_open(file, "pt") as cached:
                 if cached.metadata().get("key") == key:
@@ -218,6 +277,7 @@ def reference_logps(model, plan, encode, folder, key, num_workers):
     def write():
         with atomic(file) as temporary:
             save_file({"logps": logps}, temporary, metadata={"key": key})
+        as_umask_says(file.parent)
         shutil.rmtree(parts)
 
     ranks.on_rank_zero(write)
@@ -291,6 +351,7 @@ def warn(line, names, progress, args):
             ranks.print_once(f"step {line['step']}: warning: {warning}")
 
 
+@training.naming_the_way_on()
 def run(args):
     """Stage 3: pi_theta, from t+ against every teacher; with --base stages 1 and 2 before it.
 
@@ -305,8 +366,8 @@ def run(args):
     with RunFolder(args, ("studies", "positives", "task_file", "student")) as folder:
         if folder.finished:
             return folder.outputs("critique")
-        processor = student.Processor(
-            args.student, task, args.images, args.max_pixels, args.max_tokens)
+        processor = training.open_processor(args, task)
+        (studies,) = training.drop_broken(folder, args, studies)
         prompt = lambda study: data.student_prompt(study, task, args.prompt)
         # column 0 is t+, columns 1.. the teachers; None where one gave no text
         texts = lambda study: [study.t_plus, *map(study.trajectories.get, names)]
@@ -314,7 +375,7 @@ def run(args):
         plan = training.Plan(lengths, args)
         ranks.print_once(f"critique: {plan}; {', '.join(names)}; {dropped} refusals dropped")
 
-        model = student.load(args.student, args.bf16, device, args.gradient_checkpointing)
+        model = training.open_student(args, processor, folder, device)
         parameters = student.set_trainable(
             model, train, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed)
         optimizer = training.make_optimizer(parameters, args, shard="decoder" in train)
@@ -325,7 +386,7 @@ def run(args):
         if args.dry_run:
             return training.report_dry_run(plan, model, parameters, optimizer, seconds, 12_132)
         key = reference_key(args, task, studies, names)
-        ref = reference_logps(model, plan, encode, folder, key, args.num_workers)       # (n, 1+N)
+        ref = checked_reference(model, plan, encode, folder, key, weights, args)        # (n, 1+N)
         start, log = folder.resume(parameters, optimizer, log_keys(names), device)
         for step, batches in training.steps(plan, start, encode, model, log, args, "critique"):
             for micro, batch in enumerate(batches):
@@ -368,15 +429,17 @@ def closing_table(made, preset):
     labelled = [study.split for study in data.read_studies(made["studies"], task) if study.labels]
     others = [split for split in ("test", *labelled)
               if split in labelled and split not in ("train", None)]
-    if not others or not made["student"].exists():
-        why = "--no-merge left no student/" if others else "no other split than train has labels"
-        ranks.print_once(f"no closing table: {why}; to evaluate: python evaluate.py classify "
-                         f"--studies STUDIES --images DIR --student {made['student']}")
+    # --no-merge leaves the adapter alone
+    after = made["student"] if made["student"].exists() else root / "apo" / "adapter"
+    if not others:
+        ranks.print_once("no closing table: no other split than train has labels; to evaluate: "
+                         "python evaluate.py classify --studies STUDIES --images DIR "
+                         f"--student {after}")
         return
     argv = ["classify", "--studies", made["studies"], "--images", made["images"],
             "--split", others[0], "--output", root / "results.json",
             "--student", f"SPD, all teachers={root / 'spd' / 'student'}",
-            "--student", f"SPD, all teachers + APO={made['student']}"]
+            "--student", f"SPD, all teachers + APO={after}"]
     if made["task_file"]:
         argv += ["--task_file", made["task_file"]]
     if preset == "demo":

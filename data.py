@@ -35,6 +35,7 @@ from runtime.records import is_name, read_json, read_jsonl
 MAX_IMAGE_PIXELS = 64_000_000
 # Only these are opened: Pillow gives files of some other formats to outside programs.
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
+BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
 
 
 # ------------------------------------------------------------------------------------- the task
@@ -525,11 +526,30 @@ def open_image(path, root):
                 raise ValueError(f"{size}, expected at most {MAX_IMAGE_PIXELS:,}")
             if max(image.size) > 200 * min(image.size):
                 raise ValueError(f"{size}, expected an aspect ratio of at most 200")
+            require_one_film(image)
+            # with a name Pillow maps some TIFFs into memory, and garbles them if they are turned
+            image.filename = ""
             yield image
     except FileNotFoundError:
         raise ValueError(f"{file}: no such image{folder_twice_hint(path, root)}") from None
     except Exception as error:  # a broken file can make Pillow raise nearly anything
         raise ValueError(f"{file}: not a readable image: {error}") from None
+
+
+def require_one_film(image):
+    """Raises ValueError where a file's header says that Pillow would give less than the file holds.
+
+    image  PIL image of which only the header has been read
+    """
+    # the further pictures of a camera's JPEG (MPO) are previews of the first one
+    if getattr(image, "is_animated", False) and image.format != "MPO":
+        raise ValueError("several pages or frames, expected one film in a file")
+    bits = max(getattr(image, "tag_v2", {}).get(BITS_PER_SAMPLE, (8,)))
+    if image.format == "PNG" and image.tile and image.tile[0].args.endswith(";16B"):
+        bits = 16
+    if bits > 8 and len(image.getbands()) > 1:
+        raise ValueError(f"{bits} bits a colour, of which Pillow reads only the upper 8; expected "
+                         "8 bits a colour, or 16 bits of grey without alpha")
 
 
 def require_images(studies, root):
@@ -545,16 +565,76 @@ def require_images(studies, root):
 
 
 def load_image(path, root):
-    """Reads an image; a 16-bit film is rescaled to 8 bits, a rotation in EXIF is applied.
+    """Reads an image; a rotation in EXIF is applied, grey deeper than 8 bits becomes 8 bits.
 
     path  as a record gives it
     root  the folder of the images
-    Returns a PIL image in RGB. Raises ValueError naming the file if it lies outside `root`, cannot
-    be read, has more than MAX_IMAGE_PIXELS, or has a side 200 times as long as the other one.
+    Returns a PIL image in RGB. What becomes of each kind of file, docs/data.md says ("Films").
+    Raises ValueError naming the file if it lies outside `root`, cannot be read, has more than
+    MAX_IMAGE_PIXELS, has a side 200 times as long as the other one, or holds its picture in a way
+    that would be lost.
     """
     with open_image(path, root) as image:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # convert("RGB") would cut a 12-bit film at 255
-            pixels = np.asarray(image, dtype=np.float32)
-            image = Image.fromarray((pixels * (255 / max(pixels.max(), 1))).astype(np.uint8))
-        return image.convert("RGB")
+        upright = ImageOps.exif_transpose(image)
+        tags = getattr(image, "tag_v2", {})  # of a TIFF
+        signed = tags.get(SAMPLE_FORMAT, (1,))[0] == 2
+        if image.mode[0] in "IF" or signed and image.mode == "L":
+            inverted = tags.get(PHOTOMETRIC) == 0  # white is 0; with 8 bits Pillow sees to that
+            return grey_film(np.asarray(upright), signed, inverted).convert("RGB")
+        require_colours(upright)
+        return upright.convert("RGB")
+
+
+def grey_film(pixels, signed, inverted):
+    """A film of grey values as PIL image of 8 bits.
+
+    pixels    (height, width) of a PIL image in mode I, I;16, I;16B, F or L
+    signed    whether the file's integers are signed; Pillow gives those of 8 bits as unsigned, and
+              unsigned ones of 32 bits as signed
+    inverted  whether 0 is white
+    Raises ValueError for values that are not finite or all the same.
+    """
+    if pixels.dtype == np.uint8 and signed:
+        pixels = pixels.view(np.int8)
+    elif pixels.dtype == np.int32 and not signed:
+        pixels = pixels.view(np.uint32)
+    pixels = pixels.astype(np.float32)
+    black, white = grey_range(pixels)
+    shades = ((pixels - black) * (255 / (white - black))).clip(0, 255).astype(np.uint8)
+    return Image.fromarray(255 - shades if inverted else shades)
+
+
+def grey_range(pixels):
+    """The values of a film that become black and white.
+
+    pixels  (height, width) fp32
+    That is from 0 to the largest value; from the smallest one where it is negative or more than
+    half of the largest, since such a film has no 0. Where one pixel in 1,000 at each end makes more
+    than half of that range, these are left out: one hot pixel would make the film black.
+    Returns two floats. Raises ValueError where there is no such range.
+    """
+    least, most = float(pixels.min()), float(pixels.max())
+    if not 1e-30 < most - least < 1e30:  # NaN and infinity too
+        raise ValueError(f"its values go from {least:g} to {most:g}, expected finite ones that "
+                         "differ")
+    few = pixels.size // 1000
+    ordered = np.partition(pixels, (few, pixels.size - 1 - few), axis=None)
+    from_zero = lambda low, high: (low if low < 0 or low > high / 2 else 0.0, high)
+    whole = from_zero(least, most)
+    inner = from_zero(float(ordered[few]), float(ordered[-1 - few]))
+    return inner if 0 < inner[1] - inner[0] < (whole[1] - whole[0]) / 2 else whole
+
+
+def require_colours(image):
+    """Raises ValueError where an image's colours show nothing and its alpha channel holds the film.
+
+    image  PIL image of 8 bits, whose alpha channel will be dropped
+    """
+    in_palette = image.mode == "P" and "transparency" in image.info
+    if image.mode not in ("LA", "PA", "RGBA") and not in_palette:
+        return
+    pixels = np.asarray(image.convert("RGBA"))
+    visible = pixels[pixels[..., 3] > 0]
+    if (visible[:, :3] == visible[:1, :3]).all() and np.ptp(pixels[..., 3]) > 0 and len(visible):
+        raise ValueError("only its alpha channel holds a picture, which would be dropped; expected "
+                         "the film in its colours")

@@ -47,7 +47,7 @@ from evaluation import (
 )
 from evaluation.tables import FIVE, TABLE_1, TABLE_5
 from metrics import scores
-from runtime import ranks
+from runtime import flags, ranks
 
 # ------------------------------------------------------------------------------------- the scores
 
@@ -358,7 +358,7 @@ def add_classify_arguments(parser):
                         "generated text, read back (default: %(default)s)")
     parser.add_argument("--prompt", choices=("student", "teacher"), default="student",
                         help="teacher: Appendix B's, which names the diagnosis")
-    parser.add_argument("--bootstrap", type=int, default=1000,
+    parser.add_argument("--bootstrap", type=flags.at_least_zero, default=1000,
                         help="resamples for the 95%% intervals, 0: none (default: %(default)s)")
     students.add_arguments(parser)
     students.add_answer_arguments(parser)

@@ -10,6 +10,7 @@ Shapes: B studies, P prompt tokens, V vocabulary; H heads of size D, q query pos
 import hashlib
 import math
 import random
+import threading
 
 import torch
 import torch.nn.functional as F
@@ -99,7 +100,7 @@ def sample(model, processor, examples, seeds, temperature=1.0, top_p=1.0, max_ne
     temperature     0 is greedy
     top_p           nucleus mass; 1 keeps all tokens
     max_new_tokens  tokens of a response at most
-    Returns B pairs (ids (n,), finish): finish is 'stop' where the end token is the last one, else
+    Returns B pairs (ids (n,), finish): finish is 'stop' where an end token is the last one, else
     'length'.
     """
     longest = max(len(example["prefix_ids"]) for example in examples)
@@ -110,7 +111,7 @@ def sample(model, processor, examples, seeds, temperature=1.0, top_p=1.0, max_ne
         max_new_tokens=max_new_tokens,
         do_sample=False,
         repetition_penalty=1.0,  # Qwen's generation_config.json has 1.05
-        eos_token_id=processor.end,
+        eos_token_id=processor.ends,
         pad_token_id=processor.pad)
     text_config = model.model.language_model.config
     before, text_config._attn_implementation = text_config._attn_implementation, "folded"
@@ -130,7 +131,7 @@ def sample(model, processor, examples, seeds, temperature=1.0, top_p=1.0, max_ne
         model.train(was_training)
     results = []
     for row in out[:, longest:].cpu():
-        ends = (row == processor.end).nonzero()
+        ends = torch.isin(row, torch.tensor(processor.ends)).nonzero()
         results.append((row[:int(ends[0]) + 1], "stop") if len(ends) else (row, "length"))
     return results
 
@@ -174,18 +175,28 @@ class LoadedStudent:
 class ServedStudent:
     """Samples t+ from a student behind an OpenAI-compatible server, by the same two methods.
 
-    server  runtime.endpoint.Endpoint; the other arguments are LoadedStudent's
-    `sample` raises endpoint.Failure where the server gives no answer.
+    server  runtime.endpoint.Endpoint
+    path    folder or hub id of the student, of which only tokenizer and image processor are read;
+            None: the server's prompt is not compared with the student's
+    The other arguments are LoadedStudent's. `sample` raises endpoint.Failure where the server gives
+    no answer, and where its first answer was to another prompt.
     """
 
-    def __init__(self, server, task, images, max_pixels, seed, temperature, top_p,
+    def __init__(self, server, path, task, images, max_pixels, seed, temperature, top_p,
                  max_new_tokens):
         self.server, self.task, self.images, self.max_pixels = server, task, images, max_pixels
         self.seed, self.temperature, self.top_p = seed, temperature, top_p
         self.max_new_tokens = max_new_tokens
+        self.processor = student.Processor(path, task, images, max_pixels) if path else None
+        self.compared, self.lock = False, threading.Lock()
+
+    def prompt(self, study):
+        """The text of (l, T), in which a server finds no special tokens of the student."""
+        return data.compare_prompt(study, self.task, self.seed).replace("<|", "< |")
 
     def encode(self, study):
-        """The messages of a request: the films at the size that the student sees, and (l, T)."""
+        """The study and the messages of its request: the films at the size that the student sees,
+        and (l, T)."""
         parts = []
         for path in study.images:
             image = data.load_image(path, self.images)
@@ -193,27 +204,53 @@ class ServedStudent:
                                                  max_pixels=self.max_pixels)
             resized = image.resize((width, height), Image.Resampling.BICUBIC)
             parts.append(endpoint.image_part(resized, "PNG"))
-        # A server would read special tokens of the student where a teacher's text spells them.
-        text = data.compare_prompt(study, self.task, self.seed).replace("<|", "< |")
+        text = self.prompt(study)
         messages = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]
         if system := self.task.prompts["system"]:
             messages.insert(0, {"role": "system", "content": system})
-        return messages
+        return study, messages
 
     def sample(self, examples, seeds):
-        return [self.ask(messages, seed) for messages, seed in zip(examples, seeds)]
+        return [self.ask(study, messages, seed) for (study, messages), seed in zip(examples, seeds)]
 
-    def ask(self, messages, seed):
+    def ask(self, study, messages, seed):
         """One sample, (text, tokens, finish); the server gets a number made from `seed`, a text."""
         number = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:4], "little") >> 1
         try:
-            answer = endpoint.ask(self.server, messages, seed, temperature=self.temperature,
-                                  top_p=self.top_p, max_tokens=self.max_new_tokens, seed=number)
+            answer = endpoint.ask(
+                self.server, messages, seed, temperature=self.temperature, top_p=self.top_p,
+                max_tokens=self.max_new_tokens, seed=number,
+                skip_special_tokens=False)  # of vLLM and SGLang; else chat markers would go unseen
         except endpoint.Failure as failure:
             where = f"{self.server.url}, sample {seed!r}"
             raise endpoint.Failure(failure.kind, f"{where}: {failure}") from None
-        _, tokens = endpoint.count(answer.usage) or (0, None)
+        prompt_tokens, tokens = endpoint.count(answer.usage) or (None, None)
+        with self.lock:  # of the requests in flight, none returns before the first is compared
+            if not self.compared:
+                self.compare(study, prompt_tokens)
+            self.compared = True
         return answer.text, tokens, answer.finish
+
+    def compare(self, study, prompt_tokens):
+        """Raises endpoint.Failure where the server saw another prompt than the student would.
+
+        study          whose prompt was sent
+        prompt_tokens  how many tokens it had for the server; None where it does not say
+        Where there is nothing to compare with, that is printed.
+        """
+        url = self.server.url
+        if prompt_tokens is None or self.processor is None:
+            why = "it sends no usage" if prompt_tokens is None else "no --student is given"
+            ranks.print_once(f"{url}: {why}, so that its prompt was not compared with the "
+                             "student's; another chat template would not be noticed")
+            return
+        expected, _ = self.processor.lengths(study, self.prompt(study), ())
+        if prompt_tokens != expected:
+            raise endpoint.Failure("stop", (
+                f"{url}: study {study.id}: the prompt has {prompt_tokens} tokens for the server, "
+                f"expected {expected} as for --student; look at the server's chat template "
+                "(student/ holds the right one), the size that it gives to images (at most "
+                f"--max_pixels {self.max_pixels}) and the task's system prompt"))
 
 
 def served_model(server, url):

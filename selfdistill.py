@@ -10,15 +10,15 @@ writes  OUTPUT_DIR/positives.jsonl: {"id", "t_plus", "seed", "tokens", "finish"}
     torchrun --nproc_per_node=4 selfdistill.py --studies studies.jsonl --images files \\
              --student runs/spd/student --output_dir runs/positives
     python selfdistill.py --studies studies.jsonl --images files --server http://localhost:8000 \\
-           --output_dir runs/positives
+           --student runs/spd/student --output_dir runs/positives
 
 Where the paper is silent:
   1. The prompt that holds the trajectories is ours (data.py): anonymous readers, their order
      shuffled for each study.
   2. Decoding is plain sampling at temperature 1, as Eq. 7 says; --temperature and --top_p change
      it.
-  3. A t+ that quotes its readers, is empty or does not end is sampled again (--attempts), then its
-     study is dropped and counted.
+  3. A t+ that quotes its readers, holds a chat marker, is empty or does not end is sampled again
+     (--attempts), then its study is dropped and counted.
   4. Refusing trajectories are left out of T, and a refusing t+ is sampled again as in 3, unless
      --refusals keep.
   5. t+ is the student's answer: what it thinks before, as between <think> and </think>, is cut off.
@@ -31,7 +31,9 @@ With --server an OpenAI-compatible server that serves pi_st samples instead, and
 here (sampling.ServedStudent). It gets the same prompts, the films at the size that the student
 would see, and a seed per study and attempt. What it makes of a seed is its own, so its samples are
 others than the student's here, and may be others the next time. A "<|" in a teacher's text goes as
-"< |": a server would read the student's special tokens in it.
+"< |": a server would read the student's special tokens in it. With --student, whose tokenizer and
+image processor are then read, the server's first answer must be to a prompt of as many tokens as
+the student's.
 """
 
 import json
@@ -42,6 +44,7 @@ import data
 import sampling
 import spd
 import student
+import training
 from runtime import endpoint, flags, ranks
 from runtime.run_folder import RunFolder
 from runtime.shared import read_parts, shared_map
@@ -50,6 +53,9 @@ from runtime.shared import read_parts, shared_map
 QUOTES_A_READER = re.compile(
     r"\breaders\b|\breader #?\d|\b(?:the|one|each|another|first|second|third) reader\b"
     r"|\b(?:report|description) #?\d\b(?!\s*[cm]m)", re.IGNORECASE)
+
+# A special token of the student inside its text, as in 'no edema<|im_start|>user'
+CHAT_MARKER = re.compile(r"<\|\w+\|>")
 
 PRESETS = {
     "paper": dict(refusals="keep"),
@@ -62,9 +68,10 @@ def parse(argv=None):
     parser = flags.stage_parser(__doc__)
     flags.add_data_arguments(parser)
     g = parser.add_argument_group("sampling")
-    g.add_argument("--temperature", type=float, default=1.0,
+    g.add_argument("--temperature", type=flags.zero_or_more, default=1.0,
                    help="0 is greedy (default: %(default)s)")
-    g.add_argument("--top_p", type=float, default=1.0, help="nucleus mass (default: %(default)s)")
+    g.add_argument("--top_p", type=flags.up_to_one, default=1.0,
+                   help="nucleus mass (default: %(default)s)")
     g.add_argument("--max_new_tokens", type=flags.at_least_one, default=1024,
                    help="tokens (default: %(default)s)")
     g.add_argument("--batch_size", type=flags.at_least_one, default=32,
@@ -114,6 +121,8 @@ def fault(text, finish, task=None):
         return "unfinished"
     if not text.strip():
         return "empty"
+    if CHAT_MARKER.search(text):
+        return "holds a chat marker"
     if task is not None and data.is_refusal(text, task):
         return "refuses"
     return "quotes its readers" if QUOTES_A_READER.search(text) else None
@@ -137,7 +146,8 @@ def open_sampler(args, task, server):
             args.student, task, args.images, args.max_pixels, args.bf16, **decoding)
     if not server.model:
         server = replace(server, model=sampling.served_model(server, args.server))
-    return sampling.ServedStudent(server, task, args.images, args.max_pixels, **decoding)
+    return sampling.ServedStudent(
+        server, args.student, task, args.images, args.max_pixels, **decoding)
 
 
 def sample_batch(sampler, studies, examples, task, args):
@@ -239,6 +249,7 @@ def write_results(folder, studies, records, task, attempts, refusals):
     return stats
 
 
+@training.naming_the_way_on()
 def run(args):
     """Stage 2: t+ for every study; with --base stage 1 before it.
 
@@ -250,7 +261,6 @@ def run(args):
     server, task = open_server(args), data.load_task(args.task_file)
     studies, _, refusals = data.training_studies(
         args.studies, task, args.split, args.teachers, args.refusals)
-    by_id = {study.id: study for study in studies}
     with RunFolder(args, ("studies", "task_file", "student")) as folder:
         made = {"student": args.student, "positives": folder.path / "positives.jsonl"}
         if folder.finished:
@@ -258,7 +268,9 @@ def run(args):
         if args.resume == "must" and not read_parts(folder.path):
             ranks.print_once(f"{folder.path}: --resume must, but nothing is written there")
             raise SystemExit(2)
+        (studies,) = training.drop_broken(folder, args, studies)
         data.require_images(studies, args.images)
+        by_id = {study.id: study for study in studies}
         ranks.print_once(f"compare: {len(studies)} studies, {refusals} refusals left out")
         sampler = open_sampler(args, task, server)
         encode = lambda key: sampler.encode(by_id[key])

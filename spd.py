@@ -56,7 +56,7 @@ def parse(argv=None):
                    "so that a skill stays alive (scale model: that of Eq. 7)")
     g.add_argument("--replay_rows", type=flags.at_least_one, default=3,
                    help="of its studies per step (default: %(default)s)")
-    g.add_argument("--replay_weight", type=float, default=0.5,
+    g.add_argument("--replay_weight", type=flags.zero_or_more, default=0.5,
                    help="of their loss (default: %(default)s)")
     return flags.parse(parser, PRESETS, argv)
 
@@ -87,6 +87,8 @@ def first_inputs(args):
     flags.require(args, student="name a Qwen2.5-VL folder or hub id, such as "
                   "Qwen/Qwen2.5-VL-7B-Instruct")
     student.require_family(args.student)
+    train = student.parse_train(args.train)
+    student.require_trainable(args.student, train, args.lora_r, args.lora_alpha)
     return args
 
 
@@ -97,6 +99,32 @@ def read_replay(path, task, rows):
         raise ValueError(f"{path}: expected one trajectory in each record, and at least "
                          f"--replay_rows {rows} records")
     return studies
+
+
+def usable(studies, replay, folder, args, processor):
+    """The studies, and those of --replay, without those that --skip_broken leaves out.
+
+    Raises ValueError where fewer than --replay_rows are left of --replay, where a film of one of
+    them is missing, or where one is longer than --max_tokens and may not be cut.
+    """
+    studies, replay = training.drop_broken(folder, args, studies, replay)
+    if replay and len(replay) < args.replay_rows:
+        raise ValueError(f"{args.replay}: {len(replay)} records with images that can be read, "
+                         f"expected at least --replay_rows {args.replay_rows}")
+    shown = {path for study in studies for path in study.images}  # those are looked at later
+    data.require_images([s for s in replay if not shown.issuperset(s.images)], args.images)
+    for study in replay:
+        prompt, texts = data.student_prompt(study, processor.task), study.trajectories.values()
+        # A token has at least a byte, so most rows need not be tokenised, which takes seconds.
+        words = [processor.task.prompts["system"], prompt, *texts]
+        size = sum(len(text.encode()) for text in words)
+        if size + len(study.images) * (args.max_pixels // 784 + 2) + 64 <= args.max_tokens:
+            continue
+        tokens, cut = training.row_length(processor, study, prompt, texts, args)
+        if tokens > args.max_tokens and not cut:
+            raise ValueError(f"{args.replay}: {study.id!r} takes {tokens} tokens, expected at most "
+                             f"--max_tokens {args.max_tokens}")
+    return studies, replay
 
 
 def replay_batch(replay, step, args, processor, model):
@@ -129,6 +157,7 @@ def record(log, logps, of_replay, batch, replayed, names, last):
         log.add("replay_loss", -of.detach().sum(), replayed["tokens"].sum())
 
 
+@training.naming_the_way_on()
 def run(args):
     """Stage 1: pi_st from the trajectories of all teachers.
 
@@ -144,15 +173,15 @@ def run(args):
     with RunFolder(args, ("studies", "task_file", "student", "replay")) as folder:
         if folder.finished:
             return folder.outputs("learn")
-        processor = student.Processor(
-            args.student, task, args.images, args.max_pixels, args.max_tokens)
+        processor = training.open_processor(args, task)
+        studies, replay = usable(studies, replay, folder, args, processor)
         prompt = lambda study: data.student_prompt(study, task, args.prompt)
         studies, lengths = training.drop_long(
             processor, studies, prompt, lambda s: s.trajectories.values(), args, folder)
         plan = training.Plan(lengths, args)
         ranks.print_once(f"learn: {plan}; teachers {', '.join(names)}; {dropped} refusals dropped")
 
-        model = student.load(args.student, args.bf16, device, args.gradient_checkpointing)
+        model = training.open_student(args, processor, folder, device)
         parameters = student.set_trainable(
             model, train, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed)
         optimizer = training.make_optimizer(parameters, args, shard="decoder" in train)

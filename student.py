@@ -19,52 +19,120 @@ V vocabulary.
 
 import json
 import math
+import os
+import re
+import warnings
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.nn as nn
 import torch.nn.functional as F
+import transformers
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch.utils.checkpoint import checkpoint
-from transformers import AutoTokenizer, PreTrainedConfig, Qwen2_5_VLForConditionalGeneration
-from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as qwen2_vl
 
-import data
-from runtime.records import read_json
+# The versions of transformers that were tried: 4.x cannot read a saved student, and 5.4 gives other
+# positions where a study has two images, without a word.
+OLDEST, NEWEST = (5, 5, 4), (5, 24)
+
+
+def require_tested(version):
+    """Raises SystemExit for a transformers before OLDEST, and warns of one after NEWEST."""
+    found = tuple(int(number) for number in re.findall(r"\d+", version)[:3])
+    tested = "expected 5.5.4 to 5.24, requirements.txt has the one that is tested most"
+    if found < OLDEST:
+        raise SystemExit(f"transformers {version}: {tested}")
+    if found[:2] > NEWEST and os.environ.get("RANK", "0") == "0":  # once for all ranks
+        warnings.warn(f"transformers {version}: {tested}", stacklevel=2)
+
+
+require_tested(transformers.__version__)  # before the imports that an old version may not know
+
+from transformers import (  # noqa: E402
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedConfig,
+    Qwen2_5_VLForConditionalGeneration,
+)
+from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as qwen2_vl  # noqa: E402
+
+import data  # noqa: E402
+from runtime import adapter  # noqa: E402
+from runtime.checkpoint import as_umask_says  # noqa: E402
+from runtime.records import read_json  # noqa: E402
 
 # all linear layers of the decoder
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TRAINABLE = ("lora", "merger", "decoder", "vision")
 LM_HEAD_CHUNK = 512  # rows of fp32 logits that exist at a time
+# Processor.prefix as a template, for transformers' AutoProcessor and for servers. Qwen's own one
+# puts "You are a helpful assistant." where there is no system message; this one puts nothing.
+CHAT_TEMPLATE = r"""
+{%- for message in messages -%}
+  {%- if message['role'] != 'system'
+         or message['content'] not in ['', [{'type': 'text', 'text': ''}]] -%}
+    {{- '<|im_start|>' + message['role'] + '\n' -}}
+    {%- if message['content'] is string -%}
+      {{- message['content'] -}}
+    {%- else -%}
+      {%- for content in message['content'] -%}
+        {%- if content['type'] == 'image' or 'image' in content or 'image_url' in content -%}
+          {{- '<|vision_start|><|image_pad|><|vision_end|>' -}}
+        {%- elif 'text' in content -%}
+          {{- content['text'] -}}
+        {%- endif -%}
+      {%- endfor -%}
+    {%- endif -%}
+    {{- '<|im_end|>\n' -}}
+  {%- endif -%}
+{%- endfor -%}
+{%- if add_generation_prompt -%}
+  {{- '<|im_start|>assistant\n' -}}
+{%- endif -%}
+"""
 
 
 # ------------------------------------------------------------------------------------- loading
 
 def require_family(path):
-    """Raises ValueError unless a folder or hub id holds a Qwen2.5-VL, of any size.
+    """Raises ValueError unless a folder or hub id holds a Qwen2.5-VL, of any size, unquantised.
 
-    path  folder or hub id, of which only config.json and the index of the weights are read
+    path  folder or hub id, of which only config.json and the index of the weights are read; of an
+          adapter's folder adapter_config.json, and these of its base
     """
+    of_adapter, base = adapter.is_adapter(path), adapter.base_of(path)
+    name, where = f"--student {path}", ""
+    if of_adapter:
+        name = f"{Path(path) / adapter.CONFIG}: base_model_name_or_path {base}"
+        where = ", a relative path taken from the working directory"
     try:
-        config, _ = PreTrainedConfig.get_config_dict(path, trust_remote_code=False)
+        config, _ = PreTrainedConfig.get_config_dict(base, trust_remote_code=False)
     except OSError as error:
-        raise ValueError(f"--student {path}: expected the folder or hub id of a Qwen2.5-VL: "
+        raise ValueError(f"{name}: expected the folder or hub id of a Qwen2.5-VL{where}: "
                          f"{str(error).splitlines()[0]}") from None
+    if (Path(base) / adapter.CONFIG).exists():  # which of the two is meant would be a guess
+        raise ValueError(f"{name} holds config.json and {adapter.CONFIG}, expected one of them")
     family = config.get("model_type")
     if family != "qwen2_5_vl":
-        inner = Path(path) / "student" / "config.json"
+        inner = Path(base) / "student" / "config.json"
         meant = f"; {inner.parent} may be meant" if inner.exists() else ""
         raise ValueError(
-            f"--student {path} is a {family or 'model without a model_type'}, expected a "
+            f"{name} is a {family or 'model without a model_type'}, expected a "
             f"Qwen2.5-VL (qwen2_5_vl) of any size{meant}. For another family these would have to "
             "be true: student.Processor writes its chat format and image tokens; student.pack "
             "takes its positions from the model and lets branches restart behind the prefix; its "
             "attention takes a 4-D mask; set_trainable finds its decoder, its vision tower and "
             "what joins them. tests/test_packed.py then says whether the packed step is still "
             "exact")
-    index = Path(path) / "model.safetensors.index.json"
+    quantised = config.get("quantization_config") or config.get("compression_config")
+    if quantised:  # its weights are no plain layers, which LoRA, merging and bf16 or fp32 take
+        method = isinstance(quantised, dict) and quantised.get("quant_method")
+        raise ValueError(f"{name} is quantised ({method or 'by an unnamed method'}), expected the "
+                         "folder or hub id of the same model unquantised, whose config.json has "
+                         "no quantization_config")
+    index = Path(base) / "model.safetensors.index.json"
     if index.exists():  # transformers would unpickle a file of any other kind that it names
         files = read_json(index)["weight_map"].values()
         if not all(str(file).endswith(".safetensors") for file in files):
@@ -74,20 +142,26 @@ def require_family(path):
 def load(path, bf16=False, device="cpu", gradient_checkpointing=False):
     """Loads a Qwen2.5-VL of any size, in eval mode; safetensors only, no remote code.
 
-    path    folder or hub id
+    What generation_config.json says is left out: no figure hangs on it, and nothing of it is saved.
+
+    path    folder or hub id; of an adapter's folder the base is loaded, with the adapter in it
     bf16    weights in bf16, else in fp32
     device  torch.device or its name, where the model is put
     gradient_checkpointing  recompute each layer in the backward pass (in train mode)
     Returns the model. Raises ValueError for another family and for weights that cannot be read.
     """
     require_family(path)
+    base = adapter.base_of(path)
     try:
         model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-            path, dtype=torch.bfloat16 if bf16 else torch.float32, attn_implementation="sdpa",
+            base, dtype=torch.bfloat16 if bf16 else torch.float32, attn_implementation="sdpa",
             use_safetensors=True)
     except (SafetensorError, OSError) as error:
         raise ValueError(
-            f"--student {path}: expected its weights as safetensors: {error}") from None
+            f"--student {base}: expected its weights as safetensors: {error}") from None
+    if adapter.is_adapter(path):
+        load_adapter(model, path)
+    model.generation_config = GenerationConfig.from_model_config(model.config)
     embed = model.model.visual.patch_embed
     # Patches do not overlap, so their convolution is a matrix product. Conv3d is several times
     # slower, on a CPU and in bf16.
@@ -103,7 +177,8 @@ def load(path, bf16=False, device="cpu", gradient_checkpointing=False):
 class Processor:
     """Turns a study into the student's tensors.
 
-    student     folder or hub id, of which only tokenizer and image processor are read
+    student     folder or hub id, of which only tokenizer and image processor are read; an
+                adapter without them has its base's
     task        data.Task, for its system prompt
     images      folder that image paths are relative to
     max_pixels  pixels of an image at most; 28 x 28 pixels make one token
@@ -115,9 +190,10 @@ class Processor:
 
     def __init__(self, student, task, images=".", max_pixels=1024 * 28 * 28, max_tokens=None):
         self.task, self.images, self.max_tokens = task, images, max_tokens
+        source = adapter.processor_of(student)
         try:
-            self.tokenizer = AutoTokenizer.from_pretrained(student, trust_remote_code=False)
-            self.image_processor = qwen2_vl.Qwen2VLImageProcessorPil.from_pretrained(student)
+            self.tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            self.image_processor = qwen2_vl.Qwen2VLImageProcessorPil.from_pretrained(source)
         except Exception as error:  # a broken file can make them raise nearly anything
             raise ValueError(f"--student {student}: expected the tokenizer and image processor "
                              f"of a Qwen2.5-VL: {error}") from None
@@ -128,6 +204,8 @@ class Processor:
         self.start, self.end = special("<|im_start|>"), special("<|im_end|>")
         self.vision_start, self.vision_end = special("<|vision_start|>"), special("<|vision_end|>")
         self.image_pad, self.pad = special("<|image_pad|>"), self.tokenizer.pad_token_id
+        # either one ends a text, as in Qwen's generation_config.json
+        self.ends = [self.end, special("<|endoftext|>")]
 
     def tokens(self, text):
         """Token ids of plain text; '<|im_end|>' inside a teacher's text stays text."""
@@ -135,8 +213,11 @@ class Processor:
         return encoded["input_ids"]
 
     def text(self, ids):
-        """The text of a response's token ids, without the end token."""
-        return self.tokenizer.decode([int(i) for i in ids if int(i) not in (self.end, self.pad)])
+        """The text of a response's token ids, without the end tokens behind it."""
+        ids = [int(i) for i in ids]
+        while ids and ids[-1] in self.ends:
+            ids.pop()
+        return self.tokenizer.decode(ids)
 
     def pixels(self, study):
         """The films of a study: pixel_values (patches, 1176) fp32, image_grid_thw (images, 3)."""
@@ -246,7 +327,8 @@ class LoRALinear(nn.Module):
 
     def __init__(self, base, r, alpha, dropout):
         super().__init__()
-        self.base, self.scale, self.dropout = base, alpha / r, nn.Dropout(dropout)
+        self.base, self.alpha, self.scale = base, alpha, alpha / r
+        self.dropout = nn.Dropout(dropout)
         fp32 = {"dtype": torch.float32, "device": base.weight.device}
         self.lora_A = nn.Parameter(torch.empty(r, base.in_features, **fp32))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, r, **fp32))
@@ -256,11 +338,9 @@ class LoRALinear(nn.Module):
         low = F.linear(self.dropout(x), self.lora_A.to(x.dtype))
         return self.base(x) + self.scale * F.linear(low, self.lora_B.to(x.dtype))
 
-    def merged(self):
-        """The plain linear layer with W + (alpha / r) B A, the sum taken in fp32."""
-        weight = self.base.weight
-        weight.data = (weight.float() + self.scale * self.lora_B @ self.lora_A).to(weight.dtype)
-        return self.base
+    def change(self):
+        """(alpha / r) B A, in fp32."""
+        return self.scale * self.lora_B @ self.lora_A
 
 
 def lora_layers(model):
@@ -287,12 +367,31 @@ def parse_train(flag):
     return train
 
 
+def require_trainable(path, train, r, alpha):
+    """Raises ValueError where these parts cannot train on an adapter; other students pass.
+
+    path      --student: folder or hub id
+    train     list of parts
+    r, alpha  of LoRA, which goes on with the adapter's own and must be as there
+    """
+    if not adapter.is_adapter(path):
+        return
+    config = adapter.read_config(path)
+    if "decoder" in train:
+        raise ValueError(f"--train {','.join(train)}: --student {path} is an adapter, expected "
+                         "a student for the decoder to train, with LoRA merged")
+    if "lora" in train and (r, alpha) != (config["r"], config["lora_alpha"]):
+        raise ValueError(f"--lora_r {r} --lora_alpha {alpha}: --student {path} has r "
+                         f"{config['r']} and alpha {config['lora_alpha']}, expected these, since "
+                         "--train lora goes on with this adapter")
+
+
 def set_trainable(model, train, r=8, alpha=32, dropout=0.0, seed=0):
     """Freezes everything but what trains.
 
     model    the student, changed in place
-    train    list of parts: lora (every linear layer of the decoder), merger, decoder, vision (the
-             tower without its merger)
+    train    list of parts: lora (every linear layer of the decoder, or the adapter that the model
+             was loaded with), merger, decoder, vision (the tower without its merger)
     r        rank of the adapters
     alpha    their scale is alpha / r
     dropout  probability, of the adapters' input
@@ -300,25 +399,56 @@ def set_trainable(model, train, r=8, alpha=32, dropout=0.0, seed=0):
     Returns {name: parameter} of what trains.
     """
     model.requires_grad_(False)
-    visual, decoder = model.model.visual, model.model.language_model
-    parts = {"merger": [visual.merger], "decoder": [decoder, model.lm_head],
-             "vision": [visual.patch_embed, visual.blocks], "lora": []}
+    modules = modules_of(model)
     for part in train:
-        for module in parts[part]:
-            module.requires_grad_(True)
+        for name in modules[part]:
+            model.get_submodule(name).requires_grad_(True)
     if "lora" in train:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            for name, module in list(decoder.named_modules()):
-                if isinstance(module, nn.Linear) and name.rpartition(".")[2] in LORA_TARGETS:
-                    replace_module(decoder, name, LoRALinear(module, r, alpha, dropout))
+        if not lora_layers(model):
+            add_lora(model, r, alpha, seed)
+        for layer in lora_layers(model).values():
+            layer.dropout = nn.Dropout(dropout)
+            layer.lora_A.requires_grad_(True)
+            layer.lora_B.requires_grad_(True)
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
+def modules_of(model):
+    """The names of the modules that each part of --train makes train, {part: [name]}."""
+    blocks = range(len(model.model.visual.blocks))
+    return {"lora": [], "merger": ["model.visual.merger"],
+            "decoder": ["model.language_model", "lm_head"],
+            "vision": ["model.visual.patch_embed", *(f"model.visual.blocks.{i}" for i in blocks)]}
+
+
+def add_lora(model, r, alpha, seed):
+    """Puts a new adapter on every linear layer of the decoder; the arguments are set_trainable's.
+    """
+    decoder = model.model.language_model
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        for name, module in list(decoder.named_modules()):
+            if isinstance(module, nn.Linear) and name.rpartition(".")[2] in LORA_TARGETS:
+                replace_module(decoder, name, LoRALinear(module, r, alpha, 0.0))
+
+
+@torch.no_grad()
 def merge_lora(model):
-    """Folds every adapter into its layer, in place."""
+    """Folds every adapter into its layer, in place; the sum is taken in fp32.
+
+    Returns how far the layers' change is off after rounding to their dtype, |W' - W - d| / |d| over
+    all layers together, with d = (alpha / r) B A; 0 where nothing changes.
+    """
+    errors, changes = [torch.zeros(())], [torch.zeros(())]
     for name, layer in lora_layers(model).items():
-        replace_module(model, name, layer.merged())
+        weight, change = layer.base.weight, layer.change()
+        before = weight.data.float()  # of fp32 weights no copy, which `weight` itself would be
+        weight.data = (before + change).to(weight.dtype)
+        errors.append((weight.float() - before - change).norm().cpu())
+        changes.append(change.norm().cpu())
+        replace_module(model, name, layer.base)
+    error, change = torch.stack(errors).norm().item(), torch.stack(changes).norm().item()
+    return error / change if change else 0.0
 
 
 def enable_gradient_checkpointing(model):
@@ -331,29 +461,90 @@ def enable_gradient_checkpointing(model):
     model.disable_input_require_grads()
 
 
-def save_adapter(model, folder, base, r, alpha, dropout):
-    """Writes the LoRA weights in PEFT's format.
+def adapter_tensors(model, whole):
+    """What an adapter holds, {name in PEFT's file: parameter}.
+
+    model  the student with adapters
+    whole  names of the modules that it holds whole (PEFT's modules_to_save), of the vision tower
+           and its merger; like PEFT's they match the end of a module's name
+    """
+    held = {f"{name}.{part}.weight": getattr(layer, part)
+            for name, layer in lora_layers(model).items() for part in ("lora_A", "lora_B")}
+    for name, module in model.named_modules():
+        if name.startswith("model.visual.") and name.endswith(tuple(whole)):
+            held |= {f"{name}.{inner}": p for inner, p in module.named_parameters()}
+    return {f"base_model.model.{name}": p for name, p in held.items()}
+
+
+def save_adapter(model, folder, start, train):
+    """Writes LoRA, and what trained beside it, in PEFT's format.
 
     model   the student with adapters
     folder  where adapter_model.safetensors and adapter_config.json are written;
             PeftModel.from_pretrained(base_model, folder) loads them
-    base    folder or hub id of the student that the adapters belong to
-    r, alpha, dropout  as `set_trainable` had them
+    start   folder or hub id of the student that training began from: the base of the adapter, or an
+            adapter, whose base it is and of which everything is kept
+    train   list of parts that trained, as `set_trainable` had them
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {}
-    for name, layer in lora_layers(model).items():
-        for part in ("lora_A", "lora_B"):
-            weight = getattr(layer, part).detach().cpu().contiguous()
-            tensors[f"base_model.model.{name}.{part}.weight"] = weight
+    modules = modules_of(model)
+    whole = [name for part in train for name in modules[part]]
+    if adapter.is_adapter(start):
+        whole += adapter.read_config(start).get("modules_to_save") or []
+    tensors = {name: p.detach().cpu().contiguous()
+               for name, p in adapter_tensors(model, whole).items()}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": str(base),
-              "r": r, "lora_alpha": alpha, "lora_dropout": dropout, "bias": "none",
-              "inference_mode": True,
+    as_umask_says(folder)
+    layers = lora_layers(model)
+    layer = next(iter(layers.values()))
+    targets = dict.fromkeys(name.rpartition(".")[2] for name in layers)
+    config = {"peft_type": "LORA", "task_type": "CAUSAL_LM",
+              "base_model_name_or_path": str(adapter.base_of(start)),
+              "r": len(layer.lora_A), "lora_alpha": layer.alpha, "lora_dropout": layer.dropout.p,
+              "bias": "none", "inference_mode": True,
               # an expression, since a plain list of names would also hit the vision tower
-              "target_modules": rf"model\.language_model\..*\.({'|'.join(LORA_TARGETS)})"}
-    (folder / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n")
+              "target_modules": rf"model\.language_model\..*\.({'|'.join(targets)})",
+              "modules_to_save": sorted(set(whole)) or None}
+    (folder / adapter.CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+
+
+def load_adapter(model, folder):
+    """Puts an adapter into its base: LoRA as layers in fp32, what it holds whole in the base's
+    dtype.
+
+    model   the base, changed in place
+    folder  of the adapter, as `save_adapter` and PEFT write it
+    Raises ValueError naming the file where its weights do not fit the base.
+    """
+    config, file = adapter.read_config(folder), Path(folder) / "adapter_model.safetensors"
+    try:
+        tensors = load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(
+            f"{file}: expected the adapter's weights as safetensors: {error}") from None
+    base, end = config["base_model_name_or_path"], ".lora_A.weight"
+    linear = {name: module for name, module in model.named_modules()
+              if name.startswith("model.language_model.") and isinstance(module, nn.Linear)}
+    for name in [name.removesuffix(end) for name in tensors if name.endswith(end)]:
+        name = name.removeprefix("base_model.model.")
+        if name not in linear:
+            raise ValueError(f"{file}: {name} is no linear layer of the decoder of {base}, "
+                             "expected LoRA on these alone")
+        replace_module(
+            model, name, LoRALinear(linear[name], config["r"], config["lora_alpha"], 0.0))
+    if not lora_layers(model):
+        raise ValueError(f"{file}: holds no LoRA weights, expected those of layers of {base}")
+    expected = adapter_tensors(model, config.get("modules_to_save") or [])
+    for name in sorted({*expected, *tensors}):
+        found, wanted = (tuple(some[name].shape) if name in some else "no such weight"
+                         for some in (tensors, expected))
+        if found != wanted:
+            raise ValueError(f"{file}: {name}: found {found}, expected {wanted} for {base}, r "
+                             f"{config['r']} and the config's modules_to_save")
+    with torch.no_grad():
+        for name, p in expected.items():
+            p.copy_(tensors[name])
 
 
 def save_student(model, processor, folder, card):
@@ -364,11 +555,43 @@ def save_student(model, processor, folder, card):
     folder     where all is written
     card       text of the model card, README.md
     """
-    folder = Path(folder)
     model.save_pretrained(folder)
+    as_umask_says(folder)
+    save_all_but_weights(model, processor, folder, card)
+
+
+def save_all_but_weights(model, processor, folder, card):
+    """Writes what `save_student` does beside the weights, in seconds; takes what it takes."""
+    folder = Path(folder)
+    model.config.save_pretrained(folder)
+    ends = GenerationConfig(eos_token_id=processor.ends, pad_token_id=processor.pad)
+    ends.save_pretrained(folder)
+    save_processor(processor, folder)
+    (folder / "README.md").write_text(card, encoding="utf-8")
+
+
+def save_processor(processor, folder):
+    """Writes the files from which AutoProcessor and servers build the prompts that Processor does.
+
+    processor  Processor, for its tokenizer and image processor
+    folder     where tokenizer, image processor and chat template are written
+    """
+    folder = Path(folder)
+    processor.tokenizer.chat_template = CHAT_TEMPLATE
     processor.tokenizer.save_pretrained(folder)
     processor.image_processor.save_pretrained(folder)
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    config = read_json(folder / "tokenizer_config.json")
+    if "extra_special_tokens" in config:  # transformers 4 fails on the new name of this list
+        config["additional_special_tokens"] = config.pop("extra_special_tokens")
+    written = {
+        "tokenizer_config.json": config,
+        # where the processors of transformers 4 looked for the template at first
+        "chat_template.json": {"chat_template": CHAT_TEMPLATE},
+        "processor_config.json": {"processor_class": "Qwen2_5_VLProcessor"},
+    }
+    for name, value in written.items():
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 # ----------------------------------------------------------------------------- the packed step

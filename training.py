@@ -12,6 +12,7 @@ import hashlib
 import math
 import random
 import sys
+import tempfile
 import time
 
 import torch
@@ -19,10 +20,16 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim.adamw import adamw
 from tqdm import tqdm
 
+import data
 import student
-from runtime import ranks
-from runtime.records import atomic
-from runtime.shared import loader
+from runtime import adapter, ranks
+from runtime.records import atomic, printable
+from runtime.shared import loader, shared_map
+
+# what data.load_image says of an image that cannot be read, and what such a message ends with
+IMAGE_FAULTS = ("no such image", "not a readable image", "lies outside the image folder")
+WAY_ON = ("; mend it and the same command goes on, or begin anew with --resume never "
+          "--skip_broken, which leaves out such studies; tools/check.py lists them")
 
 # -------------------------------------------------------------------------------- plan of a run
 
@@ -41,6 +48,37 @@ def schedule(step, total_steps, peak, minimum, warmup_steps):
     return minimum + 0.5 * (peak - minimum) * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def open_processor(args, task):
+    """The student.Processor of a stage's flags. task: data.Task."""
+    return student.Processor(args.student, task, args.images, args.max_pixels, args.max_tokens)
+
+
+def open_student(args, processor, folder, device):
+    """Loads the student of a stage's flags, and tries all that saving it takes but its weights.
+
+    args       the flags: student, bf16, gradient_checkpointing
+    processor  student.Processor
+    folder     RunFolder, in which a temporary folder is written and removed
+    device     torch.device
+    Returns the model. Raises ValueError where a student that was trained from it could not be
+    saved, which would else show only when all steps are done.
+    """
+    model = student.load(args.student, args.bf16, device, args.gradient_checkpointing)
+
+    def save():
+        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.path) as temporary:
+            student.save_all_but_weights(model, processor, temporary, card=args.student)
+
+    try:
+        ranks.on_rank_zero(save)
+    except OSError:  # of the disk
+        raise
+    except Exception as error:  # a broken file can make transformers raise nearly anything
+        raise ValueError(f"--student {args.student}: a student that is trained from it could not "
+                         f"be saved: {printable(error)}") from None
+    return model
+
+
 def drop_long(processor, studies, prompt, responses, args, folder):
     """Leaves out the studies whose packed row would be longer than --max_tokens.
 
@@ -54,15 +92,13 @@ def drop_long(processor, studies, prompt, responses, args, folder):
     folder            RunFolder, whose too_long.jsonl lists these studies: {"id", "tokens", "cut"}
     Returns (studies to use, [packed length of each in tokens]).
     """
-    max_tokens, truncate = args.max_tokens, args.truncate
+    max_tokens = args.max_tokens
     kept, tokens, long = [], [], []
     for study in tqdm(studies, desc="lengths", disable=ranks.rank() > 0):
-        prefix, lengths = processor.lengths(study, prompt(study), responses(study))
-        total = prefix + sum(lengths)
-        room = max_tokens - prefix >= 16 * len(lengths)
+        total, cut = row_length(processor, study, prompt(study), responses(study), args)
         if total > max_tokens:
-            long.append({"id": study.id, "tokens": total, "cut": truncate and room})
-        if total <= max_tokens or truncate and room:
+            long.append({"id": study.id, "tokens": total, "cut": cut})
+        if total <= max_tokens or cut:
             kept.append(study)
             tokens.append(min(total, max_tokens))
     if long:
@@ -71,6 +107,77 @@ def drop_long(processor, studies, prompt, responses, args, folder):
                          f"{len(long) - cut} left out; see too_long.jsonl")
         folder.write_lines("too_long.jsonl", long)
     return kept, tokens
+
+
+def row_length(processor, study, prompt, responses, args):
+    """The length of a study's packed row, and whether its responses may be cut.
+
+    processor  student.Processor
+    study      data.Study
+    prompt     text of l
+    responses  texts, None where a teacher is absent
+    args       the flags: max_tokens, truncate
+    Returns (tokens, whether --truncate is given and leaves each response 16 tokens).
+    """
+    prefix, lengths = processor.lengths(study, prompt, responses)
+    room = args.max_tokens - prefix >= 16 * len(lengths)
+    return prefix + sum(lengths), args.truncate and room
+
+
+def drop_broken(folder, args, *lists):
+    """Leaves out the studies that have an image that cannot be read, with --skip_broken.
+
+    folder  RunFolder, whose broken.jsonl lists them: {"id", "image", "reason"}. A run that goes on
+            leaves out the images that are listed there and opens none, so that it keeps its studies
+    args    the flags: skip_broken, images, num_workers
+    lists   of data.Study
+    All images are decoded, shared over the ranks, and all ranks leave out the same studies. Returns
+    the lists, without these studies. Raises SystemExit where a list has none left.
+    """
+    if not args.skip_broken:
+        return lists
+    listed = folder.read_lines("broken.jsonl")
+    if listed is None:
+        images = list(dict.fromkeys(path for some in lists for s in some for path in s.images))
+        reasons = shared_map(
+            images, lambda path: fault_of(path, args.images), lambda paths, faults: faults,
+            num_workers=args.num_workers, desc="images")
+        listed = [{"id": study.id, "image": path, "reason": reasons[path]}
+                  for some in lists for study in some for path in study.images if reasons[path]]
+    broken = {line["image"] for line in listed}
+    kept = [[study for study in some if broken.isdisjoint(study.images)] for some in lists]
+    left_out = sum(map(len, lists)) - sum(map(len, kept))
+    if any(some and not rest for some, rest in zip(lists, kept)):
+        raise SystemExit(f"--skip_broken: {left_out} studies left out, which leaves none; the "
+                         f"first image: {listed[0]['reason']}")
+    folder.write_lines("broken.jsonl", listed)
+    ranks.print_once(f"--skip_broken: {left_out} studies left out, for {len(broken)} images that "
+                     "cannot be read; see broken.jsonl")
+    return kept
+
+
+def fault_of(path, root):
+    """Why an image cannot be read to its end, or None; takes what data.load_image takes."""
+    try:
+        data.load_image(path, root)
+    except ValueError as error:
+        return str(error)
+    return None
+
+
+@contextlib.contextmanager
+def naming_the_way_on():
+    """A context in which the error of an image that cannot be read says how to go on.
+
+    It decorates the stages' run(), of which a later stage's calls an earlier one's.
+    """
+    try:
+        yield
+    except ValueError as error:
+        message = ranks.message_of(error)
+        if not any(fault in message for fault in IMAGE_FAULTS) or message.endswith(WAY_ON):
+            raise
+        raise ValueError(message + WAY_ON) from None
 
 
 class Plan:
@@ -369,36 +476,58 @@ def gib(tensors):
 def finish(folder, model, processor, args, stage):
     """Writes what a stage has trained, each part whole or not at all, and marks its folder.
 
-    adapter/       the LoRA weights in PEFT's format
+    adapter/       the LoRA weights, and what trained beside them, in PEFT's format; also where
+                   --student is an adapter and other parts train
     student/       the student with LoRA merged, as transformers loads it
-    finished.json  is written last
+    finished.json  is written last; "merge_error" is what student.merge_lora returns
 
     folder     RunFolder
     model      the student; where student/ is written its adapters are merged into it
     processor  student.Processor
-    args       the flags: student, train, lora_r, lora_alpha, lora_dropout, merge
+    args       the flags: student, train, merge
     stage      what it is called in the model card and in finished.json
     """
-    lora = "lora" in args.train.split(",")
+    train, has_lora = student.parse_train(args.train), bool(student.lora_layers(model))
 
     def write():
-        if lora:
+        if has_lora:
             with atomic(folder.path / "adapter") as temporary:
-                student.save_adapter(model, temporary, args.student, args.lora_r, args.lora_alpha,
-                                     args.lora_dropout)
-        if args.merge or not lora:
-            student.merge_lora(model)
-            card = (f"---\nbase_model: {args.student}\nlibrary_name: transformers\n"
-                    f"pipeline_tag: image-text-to-text\nlicense: other\n---\n"
-                    f"Student after {stage} (trained: {args.train}). For research; not a medical "
-                    "device.\n")
-            with atomic(folder.student) as temporary:
-                student.save_student(model, processor, temporary, card)
+                student.save_adapter(model, temporary, args.student, train)
+                student.save_processor(processor, temporary)
+        if not args.merge and has_lora:
+            return {}
+        merged = {"merge_error": student.merge_lora(model)} if has_lora else {}
+        card = (f"---\nbase_model: {args.student}\nlibrary_name: transformers\n"
+                f"pipeline_tag: image-text-to-text\nlicense: other\n---\n"
+                f"Student after {stage} (trained: {args.train}). For research; not a medical "
+                "device.\n")
+        with atomic(folder.student) as temporary:
+            student.save_student(model, processor, temporary, card)
+        return merged
 
-    ranks.on_rank_zero(write)
-    folder.mark_finished(stage=stage, train=args.train)
-    made = folder.student
+    merged = ranks.on_rank_zero(write) or {}  # the other ranks neither write nor print
+    folder.mark_finished(stage=stage, train=args.train, **merged)
+    made, in_adapter = folder.student, folder.path / "adapter"
     if not made.exists():
-        adapter = folder.path / "adapter"
-        made = f"the adapter in {adapter} on {args.student}; --merge writes student/"
+        base = adapter.base_of(args.student)
+        made = f"the adapter in {in_adapter} on {base}; --merge writes student/"
     ranks.print_once(f"the student after {stage} is {made}")
+    if merged:
+        report_merge(merged["merge_error"], model.dtype, folder.student, in_adapter)
+
+
+def report_merge(error, dtype, merged, in_adapter):
+    """Prints what merging lost, with the way to lose nothing where that is more than 5%.
+
+    error       what student.merge_lora returned
+    dtype       of the weights
+    merged      folder of the student with LoRA merged
+    in_adapter  folder of the adapter
+    """
+    dtype = str(dtype).removeprefix("torch.")
+    ranks.print_once(f"merging changed what LoRA adds to its layers by {error:.2%} (rounding to "
+                     f"{dtype})")
+    if error > 0.05:
+        ranks.print_once(f"warning: {merged} has lost a part of what was learnt: LoRA's change is "
+                         f"small beside the last digit of weights in {dtype}. The adapter has all "
+                         f"of it; the next command takes it as --student {in_adapter}")

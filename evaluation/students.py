@@ -12,10 +12,11 @@ from runtime import flags
 def add_arguments(parser):
     """Adds the flags of all commands that ask a student."""
     parser.add_argument("--student", action="append", required=True,
-                        help="NAME=FOLDER or FOLDER (or a hub id); may be given several times")
+                        help="NAME=FOLDER or FOLDER (or a hub id), of a student or of a LoRA "
+                        "adapter on one; may be given several times")
     parser.add_argument("--max_pixels", type=flags.at_least_one, default=1024 * 28 * 28,
                         help="pixels per image, 784 a token (default: %(default)s)")
-    parser.add_argument("--num_workers", type=int, default=0,
+    parser.add_argument("--num_workers", type=flags.at_least_zero, default=0,
                         help="processes per rank that load images (default: %(default)s)")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction,
                         default=torch.cuda.is_available(), help="weights in bf16")
@@ -31,7 +32,7 @@ def add_answer_arguments(parser):
                         help="tokens of an answer (default: %(default)s)")
     parser.add_argument("--batch_size", type=flags.at_least_one, default=32,
                         help="studies per forward of generated answers (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0,
+    parser.add_argument("--seed", type=flags.a_seed, default=0,
                         help="of the sampled answers and the bootstrap (default: %(default)s)")
     parser.add_argument("--split", help="which studies: train, validate, test (default: test)")
 

@@ -61,7 +61,7 @@ import data
 from evaluation.tables import FIVE, TABLE_2, cell, five_first, means_of, paper_cells, short
 from metrics.scores import cohen_kappa
 from metrics.text import tf_idf
-from runtime import ranks
+from runtime import flags, ranks
 from runtime.records import require_folder, write_text
 
 OF_THE_PAPER = {name.lower(): figures for name, figures in TABLE_2.items() if name != "Ours"}
@@ -564,9 +564,9 @@ def add_arguments(parser):
                         "(default: TF-IDF)")
     parser.add_argument("--samples", type=int, default=1000,
                         help="bootstrap samples of the studies (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0,
+    parser.add_argument("--seed", type=flags.a_seed, default=0,
                         help="of the bootstrap (default: %(default)s)")
-    parser.add_argument("--num_workers", type=int, default=0,
+    parser.add_argument("--num_workers", type=flags.at_least_zero, default=0,
                         help="processes that read the texts (default: %(default)s, this one)")
     parser.add_argument("--output", help="teachers.json to write")
     parser.add_argument("--json", action="store_true", help="end with one line of JSON")

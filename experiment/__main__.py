@@ -14,6 +14,7 @@ import argparse
 import json
 
 from experiment import beta, ladder
+from runtime import flags
 from scale_model.world import WORLDS
 
 COMMANDS = {"ladder": ladder.run, "beta": beta.run}
@@ -33,17 +34,17 @@ def parse(argv=None):
                        help="folder of the experiment (default: %(default)s)")
         p.add_argument("--worlds", nargs="+", choices=WORLDS, default=["nuisance", "class"],
                        help="default: %(default)s")
-        p.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4],
+        p.add_argument("--seeds", nargs="+", type=flags.a_seed, default=[0, 1, 2, 3, 4],
                        help="default: %(default)s")
         p.add_argument("--split", choices=("validate", "test"), default="test",
                        help="studies that are scored (default: %(default)s)")
-        p.add_argument("--jobs", type=int, default=2,
+        p.add_argument("--jobs", type=flags.at_least_one, default=2,
                        help="processes, a world and seed each (default: %(default)s)")
-        p.add_argument("--films", type=int,
+        p.add_argument("--films", type=flags.at_least_one,
                        help="of each split, to try the mechanics (default: 800, 200, 200)")
-        p.add_argument("--max_steps", type=int,
+        p.add_argument("--max_steps", type=flags.at_least_one,
                        help="of each training stage, to try the mechanics (default: all)")
-        p.add_argument("--base_steps", type=int,
+        p.add_argument("--base_steps", type=flags.at_least_one,
                        help="of the base that is not taught consensus, to try the mechanics "
                             "(default: 1100)")
         p.add_argument("--json", action="store_true", help="end with one line of JSON")

@@ -43,7 +43,7 @@ DENIES = re.compile(DENIAL, re.IGNORECASE)
 DENIED = re.compile(rf"{DENIAL}\W+(?:(?!(?:but|and)\b)\w+\s+){{0,4}}$", re.IGNORECASE)
 # A comma is looked at by itself.
 CLAUSE_END = re.compile(
-    r"[.;!?](?=\s|$)|[\n|\"{}\[\]]|:\s|\s[-–—]+\s|—"
+    r"[.;!?](?=\s|$)|[\n|\"{}]|:\s|\s[-–—]+\s|—"
     r"|\b(?:while|whereas|although|though|however)\b", re.IGNORECASE)
 CHUNK_END = re.compile(r",|\b(?=but\b)", re.IGNORECASE)
 SUPPOSED = re.compile(r"\bif\b[^,]*", re.IGNORECASE)

@@ -10,6 +10,7 @@ Nothing random is saved, since a run is a function of its settings and its step 
 import contextlib
 import hashlib
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -17,11 +18,14 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from runtime import ranks
+from runtime import adapter, ranks
 from runtime.records import atomic, fsync, temporary_of
 
-# endings of the files of a student's folder that make it what it is
-OF_A_STUDENT = (".json", ".jsonl", ".safetensors", ".txt")
+# The files of a student's folder from which its figures come. What it says of generating, chat
+# templates and the model card are not among them: they are neither read nor kept.
+OF_A_STUDENT = ("*.safetensors", "*.safetensors.index.json", "config.json", "adapter_config.json",
+                "preprocessor_config.json", "processor_config.json", "tokenizer*.json",
+                "vocab.json", "merges.txt", "added_tokens.json", "special_tokens_map.json")
 
 
 def sha256(file):
@@ -33,7 +37,8 @@ def sha256(file):
 def fingerprint(path):
     """A text that changes where the content of an input changes.
 
-    path  a file, or a student's folder, of which weights, config and tokenizer count
+    path  a file, or a student's folder, of which weights, configs and tokenizer count; of an
+          adapter its base counts too
     Returns a hex digest; a hub id is returned as it is.
     """
     path = Path(path)
@@ -41,12 +46,23 @@ def fingerprint(path):
         return str(path)
     files = [path]
     if path.is_dir():
-        files = [file for file in sorted(path.glob("*.*"))
-                 if file.is_file() and file.suffix in OF_A_STUDENT]
+        files = sorted({file for pattern in OF_A_STUDENT for file in path.glob(pattern)
+                        if file.is_file()})
     digest = hashlib.sha256()
     for file in files:
         digest.update(f"{file.name} {sha256(file)}".encode())
+    if adapter.is_adapter(path):
+        digest.update(fingerprint(adapter.base_of(path)).encode())
     return digest.hexdigest()
+
+
+def as_umask_says(folder):
+    """Gives a folder's weights the permissions of any new file; safetensors lets none but their
+    owner read them."""
+    umask = os.umask(0o077)  # it can only be read by setting it
+    os.umask(umask)
+    for file in Path(folder).glob("*.safetensors"):
+        file.chmod(0o666 & ~umask)
 
 
 def save_checkpoint(folder, step, parameters, optimizer, extra, keep):
@@ -77,6 +93,7 @@ def save_checkpoint(folder, step, parameters, optimizer, extra, keep):
         if first:
             trained = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
             save_file(trained, temporary / "trainable.safetensors")
+            as_umask_says(temporary)
             digests = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
             manifest = {"step": step, "sha256": digests, **extra}
             (temporary / "manifest.json").write_text(json.dumps(manifest) + "\n")

@@ -24,14 +24,55 @@ def at_least_zero(text):
     return int(text)
 
 
+def a_seed(text):
+    """argparse's type of a seed: the whole numbers that torch and numpy both take."""
+    if not text.isdecimal() or int(text) >= 2**63:
+        raise argparse.ArgumentTypeError(f"{text!r}, expected a whole number from 0 to 2**63 - 1")
+    return int(text)
+
+
 def above_zero(text):
     """argparse's type of a finite number above 0."""
+    return _number(text, lambda value: value > 0, "a number above 0")
+
+
+def zero_or_more(text):
+    """argparse's type of a finite number of at least 0."""
+    return _number(text, lambda value: value >= 0, "a number, 0 or more")
+
+
+def zero_to_one(text):
+    """argparse's type of a number from 0 to 1, both included."""
+    return _number(text, lambda value: 0 <= value <= 1, "a number from 0 to 1")
+
+
+def below_one(text):
+    """argparse's type of a number from 0 to 1, of which 1 is left out."""
+    return _number(text, lambda value: 0 <= value < 1, "a number from 0 to less than 1")
+
+
+def up_to_one(text):
+    """argparse's type of a number from 0 to 1, of which 0 is left out."""
+    return _number(text, lambda value: 0 < value <= 1, "a number above 0, 1 at most")
+
+
+def finite(text):
+    """argparse's type of any number but NaN and infinity."""
+    return _number(text, lambda value: True, "a number")
+
+
+def _number(text, fits, expected):
+    """The finite number of a flag's text.
+
+    fits(value)  whether the flag may have it
+    expected     what the flag takes, for the message
+    """
     try:
         value = float(text)
     except ValueError:
-        value = 0.0
-    if not 0 < value < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r}, expected a number above 0")
+        value = math.nan
+    if not (math.isfinite(value) and fits(value)):
+        raise argparse.ArgumentTypeError(f"{text!r}, expected {expected}")
     return value
 
 
@@ -39,7 +80,7 @@ def above_zero(text):
 
 # what an earlier stage takes from a later one that asks for it
 SHARED = ("studies", "images", "task_file", "split", "teachers", "refusals", "base", "output_dir",
-          "preset", "max_pixels", "num_workers", "bf16", "seed", "train_base")
+          "preset", "max_pixels", "num_workers", "bf16", "seed", "train_base", "skip_broken")
 
 
 def stage_parser(doc):
@@ -69,7 +110,8 @@ def add_data_arguments(parser):
              "OUTPUT_DIR/spd, /selfdistill and /apo")
     g.add_argument(
         "--student",
-        help="folder or hub id of the Qwen2.5-VL to start from: this stage alone, in OUTPUT_DIR")
+        help="folder or hub id of the Qwen2.5-VL to start from, or the folder of a LoRA adapter on "
+             "one: this stage alone, in OUTPUT_DIR")
     g.add_argument(
         "--output_dir",
         help="run folder; the same command continues in it (default: runs/demo for the scale "
@@ -87,10 +129,14 @@ def add_data_arguments(parser):
         "--num_workers", type=at_least_zero, default=4 if torch.cuda.is_available() else 0,
         help="processes per rank that load images (default: 4 on a GPU, else 0)")
     g.add_argument(
+        "--skip_broken", action="store_true",
+        help="open all images first and leave out the studies of which one cannot be read, see "
+             "broken.jsonl; else the first of them ends the run")
+    g.add_argument(
         "--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),
         help="weights in bf16, updates in fp32 (default: on a GPU)")
     g.add_argument(
-        "--seed", type=int, default=0,
+        "--seed", type=a_seed, default=0,
         help="of everything random (default: %(default)s)")
     g.add_argument(
         "--train_base", action="store_true",
@@ -110,15 +156,16 @@ def add_optimisation_arguments(parser):
     g = parser.add_argument_group("optimisation")
     g.add_argument(
         "--train", default="lora",
-        help="what trains: lora,merger,decoder,vision (default: %(default)s)")
+        help="what trains: lora,merger,decoder,vision (default: %(default)s); where --student is "
+             "an adapter, lora goes on with it, at its r and alpha, and decoder is refused")
     g.add_argument(
         "--lora_r", type=at_least_one, default=8,
         help="rank (default: %(default)s)")
     g.add_argument(
-        "--lora_alpha", type=int, default=32,
+        "--lora_alpha", type=at_least_one, default=32,
         help="scale is alpha / r (default: %(default)s)")
     g.add_argument(
-        "--lora_dropout", type=float, default=0.0,
+        "--lora_dropout", type=below_one, default=0.0,
         help="on the adapters' input (default: %(default)s)")
     g.add_argument(
         "--num_epochs", type=at_least_one, default=1,
@@ -136,18 +183,18 @@ def add_optimisation_arguments(parser):
         "--learning_rate", type=above_zero, default=1e-4,
         help="peak (default: %(default)s)")
     g.add_argument(
-        "--min_learning_rate", type=float, default=1e-7,
-        help="at the end of the cosine (default: %(default)s)")
+        "--min_learning_rate", type=zero_or_more, default=1e-7,
+        help="at the end of the cosine, --learning_rate at most (default: %(default)s)")
     g.add_argument(
         "--warmup_steps", type=at_least_zero, default=0,
         help="linear warm-up (default: %(default)s)")
-    g.add_argument("--adam_beta1", type=float, default=0.9, help="default: %(default)s")
-    g.add_argument("--adam_beta2", type=float, default=0.98, help="default: %(default)s")
+    g.add_argument("--adam_beta1", type=below_one, default=0.9, help="default: %(default)s")
+    g.add_argument("--adam_beta2", type=below_one, default=0.98, help="default: %(default)s")
     g.add_argument(
-        "--weight_decay", type=float, default=0.05,
+        "--weight_decay", type=zero_or_more, default=0.05,
         help="decoupled (default: %(default)s)")
     g.add_argument(
-        "--max_grad_norm", type=float, default=1.0,
+        "--max_grad_norm", type=zero_or_more, default=1.0,
         help="clip to this global norm, 0: never (default: %(default)s)")
     g.add_argument(
         "--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True,
@@ -243,6 +290,9 @@ def refuse_combinations(args, parser):
     if "--positives" in given and "--student" not in given:
         parser.error("--positives without --student: expected pi_st, which sampled them, too; or "
                      "--base alone, which makes both")
+    if hasattr(args, "train") and args.min_learning_rate > args.learning_rate:
+        parser.error(f"--min_learning_rate {args.min_learning_rate:g}: expected at most "
+                     f"--learning_rate {args.learning_rate:g}, where the cosine begins")
     if args.base and getattr(args, "dry_run", False) and hasattr(args, "beta"):
         parser.error("--dry_run with --base: this stage needs what the others make; expected "
                      "spd.py --dry_run, or --student and --positives")

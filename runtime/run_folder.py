@@ -3,6 +3,7 @@
     args.json     the settings            env.json      versions, GPUs, git commit
     log.jsonl     one line per interval   speed.jsonl   the same for timings
     step-N/       checkpoints             too_long.jsonl  studies beyond --max_tokens
+    broken.jsonl  with --skip_broken: the images that cannot be read, and their studies
     student/      the finished student    adapter/      its LoRA weights in PEFT's format
     finished.json marks the end; of stage 2 positives.jsonl, dropped.jsonl, stats.json
     reference.safetensors, and reference.parts/ while it is made, of stage 3
@@ -25,7 +26,7 @@ import transformers
 from runtime import ranks
 from runtime.checkpoint import fingerprint, load_checkpoint, newest_checkpoint, save_checkpoint
 from runtime.log import Log
-from runtime.records import read_json, remove, write_jsonl, write_text
+from runtime.records import read_json, read_jsonl, remove, write_jsonl, write_text
 
 # flags that change no number; a server may move, which model it serves is a setting
 NOT_SETTINGS = ("output_dir", "base", "earlier", "resume", "resume_anyway", "merge",
@@ -33,9 +34,9 @@ NOT_SETTINGS = ("output_dir", "base", "earlier", "resume", "resume_anyway", "mer
                 "server", "server_key_env", "server_concurrency", "i_have_permission")
 
 # all that a run writes into its folder, which --resume never removes; other files may be there too
-OF_A_RUN = ("args.json", "env.json", "log.jsonl", "speed.jsonl", "too_long.jsonl", "finished.json",
-            "positives.jsonl", "dropped.jsonl", "stats.json", "part-*.jsonl", "step-*",
-            "reference.safetensors", "reference.parts", "student", "adapter")
+OF_A_RUN = ("args.json", "env.json", "log.jsonl", "speed.jsonl", "too_long.jsonl", "broken.jsonl",
+            "finished.json", "positives.jsonl", "dropped.jsonl", "stats.json", "part-*.jsonl",
+            "step-*", "reference.safetensors", "reference.parts", "student", "adapter")
 
 # settings that may change during a run with --resume_anyway, since each step keeps its studies
 SAME_STEPS = {"world_size", "micro_batch", "gradient_checkpointing"}
@@ -239,6 +240,18 @@ class RunFolder:
         """Writes `records`, one JSON object a line, to the file `name`, as `write_text` does."""
         if self.path:
             ranks.on_rank_zero(lambda: write_jsonl(self.path / name, records))
+
+    def read_lines(self, name):
+        """What a run that goes on wrote to the file `name` when it began.
+
+        Returns its records, the same on every rank; None where the run begins, or has no such file.
+        """
+        def read():
+            if self.dry or not self._is_begun() or not (self.path / name).exists():
+                return None
+            return [record for _, record in read_jsonl(self.path / name)]
+
+        return ranks.gather(ranks.on_rank_zero(read))[0]
 
     def mark_finished(self, **what):
         """Writes `what` as finished.json and removes the parts of the work that is finished."""

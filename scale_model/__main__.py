@@ -14,6 +14,7 @@ parameters (base.py). The stages treat them as they treat any other data and stu
 
 import argparse
 
+from runtime import flags
 from runtime.records import require_folder
 from scale_model.base import train_base, write_student
 from scale_model.world import WORLDS, make
@@ -26,16 +27,17 @@ def parse(argv=None):
     p = commands.add_parser(
         "make", help="draw a world: films, studies.jsonl, replay.jsonl, task.json")
     p.add_argument("--out", required=True, help="folder to write")
-    p.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    p.add_argument("--seed", type=flags.a_seed, default=0, help="default: %(default)s")
     p.add_argument("--world", choices=WORLDS, default="nuisance",
                    help="how the teachers err (default: %(default)s)")
     for split, count in (("train", 800), ("validate", 200), ("test", 200)):
-        p.add_argument(f"--{split}", type=int, default=count, help="films (default: %(default)s)")
-    p.add_argument("--replay", type=int, default=2400,
+        p.add_argument(f"--{split}", type=flags.at_least_zero, default=count,
+                       help="films (default: %(default)s)")
+    p.add_argument("--replay", type=flags.at_least_zero, default=2400,
                    help="rows of replay.jsonl (default: %(default)s)")
-    p.add_argument("--drift", type=float, default=0.0,
+    p.add_argument("--drift", type=flags.finite, default=0.0,
                    help="radians by which the teachers' blind spots turn (default: %(default)s)")
-    p.add_argument("--change", type=float,
+    p.add_argument("--change", type=flags.zero_to_one,
                    help="position in [0, 1] of the stream at which they turn at once "
                         "(default: gradually)")
     p = commands.add_parser("student", help="unpack the base student that ships")

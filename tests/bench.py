@@ -528,7 +528,7 @@ def sample(args):
     now = time.process_time if args.device == "cpu" else lambda: clock(args.device)
     responses, model = SIZES[args.size]["responses"], build(args.size, args.device)
     end = model.config.text_config.vocab_size  # an end that never comes
-    processor = SimpleNamespace(pad=0, end=end)
+    processor = SimpleNamespace(pad=0, ends=[end])
     # Eq. 7's prompt has all trajectories in it; lengths differ, so that there is padding
     examples = [make_study(args.size, more=sum(responses[1:]) - row % responses[1])
                 for row in range(args.batch)]

@@ -11,6 +11,7 @@ import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from PIL import Image
+from transformers import Qwen2_5_VLProcessor
 
 
 def completion(text, finish="stop", usage=(100, 10), model="served-model", **message):
@@ -56,6 +57,21 @@ class Chat(ThreadingHTTPServer):
             _, _, pixels = url.partition(",")
             films.append(Image.open(io.BytesIO(base64.b64decode(pixels))))
         return films
+
+
+class ServersProcessor(Qwen2_5_VLProcessor):
+    """transformers' own processor of a student's folder, without videos: these need torchvision.
+
+    ServersProcessor.from_pretrained(folder) reads the files that AutoProcessor reads.
+    """
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None):
+        super().__init__(image_processor, tokenizer, None, chat_template)
+
+    def encode(self, messages, images):
+        """The tensors of a request: input_ids (1, P), pixel_values, image_grid_thw."""
+        text = self.apply_chat_template(messages, add_generation_prompt=True)
+        return self(text=[text], images=images, return_tensors="pt")
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -116,7 +132,16 @@ def serve(answer, host="127.0.0.1"):
         thread.join()
 
 
-# misbehaviour, each a function of the handler
+# misbehaviour: of what counts its prompt, then each a function of the handler
+
+def counts_wrong(answer, by=26):
+    """An `answer` as of a server whose prompts are longer than the student's by some tokens."""
+    def wrong(chat, body, nth):
+        reply = answer(chat, body, nth)
+        reply["usage"]["prompt_tokens"] += by
+        return reply
+    return wrong
+
 
 def never_answers(handler):
     time.sleep(3)

@@ -85,14 +85,17 @@ def processor(base, task, world):
 
 @pytest.fixture(scope="session")
 def talker(base, processor, tmp_path_factory):
-    """The folder of a random student that likes to end.
+    """The folder of a random student that likes to end, and writes hardly any chat markers.
 
     Its texts have all lengths, and some do not end in time.
     """
     model, folder = student.load(base), tmp_path_factory.mktemp("talker")
+    tokenizer = processor.tokenizer
+    markers = [i for i in tokenizer.all_special_ids if i != processor.end]
     with torch.no_grad():
+        model.lm_head.weight[markers] *= 0.2
         model.lm_head.weight[processor.end] *= 8
-    scale_base.save_student(folder, model, processor.tokenizer)
+    scale_base.save_student(folder, model, tokenizer)
     return folder
 
 

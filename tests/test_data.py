@@ -1,6 +1,7 @@
 """What comes in: task files, records, images, prompts, tokens; good ones and every named fault."""
 
 import copy
+import io
 import json
 import re
 import struct
@@ -9,6 +10,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from PIL import Image
 
 import data
@@ -592,6 +594,183 @@ def test_odd_exif_does_not_end_in_a_strangers_exception(tmp_path):
 def test_the_longest_permitted_strip_still_loads(tmp_path):
     save(tmp_path / "x.png", np.zeros((400, 2), np.uint8))
     assert data.load_image("x.png", tmp_path).size == (2, 400)
+
+
+# --- kinds of films: each row of the table in docs/data.md
+
+RAMP = np.linspace(0, 1, 64 * 48).reshape(48, 64)  # from black to white
+SHADES = (RAMP * 255).astype(np.uint8)
+
+
+def tiff(pixels, photometric=1, extra=(), orientation=1, bits=None):
+    """The bytes of an uncompressed TIFF of these pixels, in their own byte order and sample format;
+    Pillow writes only some of the kinds that it reads."""
+    order = ">" if pixels.dtype.byteorder == ">" else "<"
+    samples = 1 if pixels.ndim == 2 else pixels.shape[2]
+    sample_format = {"u": 1, "i": 2, "f": 3}[pixels.dtype.kind]
+    content, (height, width) = pixels.tobytes(), pixels.shape[:2]
+    tags = {256: [width], 257: [height], 258: [8 * pixels.dtype.itemsize] * samples, 259: [1],
+            262: [photometric], 273: [8], 274: [orientation], 277: [samples], 278: [height],
+            279: [len(content)], 338: extra, 339: [sample_format] * samples}
+    tags = {tag: values for tag, values in tags.items() if values}
+    entries, behind = b"", b""
+    for tag, values in tags.items():
+        packed = struct.pack(f"{order}{len(values)}I", *values)
+        if len(packed) > 4:  # they lie behind the directory
+            at = 8 + len(content) + 2 + 12 * len(tags) + 4 + len(behind)
+            behind, packed = behind + packed, struct.pack(f"{order}I", at)
+        entries += struct.pack(f"{order}HHI", tag, 4, len(values)) + packed
+    start = struct.pack(f"{order}HI", 42, 8 + len(content))
+    directory = struct.pack(f"{order}H", len(tags)) + entries + bytes(4) + behind
+    return (b"II" if order == "<" else b"MM") + start + content + directory
+
+
+def png(pixels, colour_type):
+    """The bytes of a PNG with 16 bits a channel, which Pillow does not write."""
+    height, width = pixels.shape[:2]
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in pixels)
+    chunks = {b"IHDR": struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0),
+              b"IDAT": zlib.compress(rows), b"IEND": b""}
+    return b"\x89PNG\r\n\x1a\n" + b"".join(
+        struct.pack(">I", len(content)) + kind + content
+        + struct.pack(">I", zlib.crc32(kind + content)) for kind, content in chunks.items())
+
+
+def as_file(image, kind="PNG", **options):
+    """The bytes of a PIL image, or of an array of pixels, in a file of that kind."""
+    image = image if isinstance(image, Image.Image) else Image.fromarray(image)
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif
+
+
+def with_pixels(film, *values):
+    """A film of which the first pixels have these values."""
+    film = film.copy()
+    film.flat[:len(values)] = values
+    return film
+
+
+DEEP = (RAMP * 4095).astype("<u2")
+COLOURS = np.dstack([SHADES, 255 - SHADES, SHADES // 2])
+ALPHA = np.dstack([np.zeros_like(SHADES), SHADES])
+PAGE = Image.fromarray(SHADES)
+REFUSED = {"alpha": "only its alpha channel", "NaN": "its values go from nan to nan, expected",
+           "inf": "its values go from", "same": "its values go from 7 to 7, expected finite ones",
+           "16 bits": "16 bits a colour, of which", "pages": "several pages or frames, expected",
+           "unknown": "cannot identify image file"}
+# row of the table -> [(a file's bytes, the shades that it becomes or the reason of REFUSED)]
+KINDS = {
+    "8-bit grey or colour": [
+        (as_file(PAGE), SHADES), (as_file(PAGE, "TIFF"), SHADES), (as_file(PAGE, "BMP"), SHADES),
+        (as_file(COLOURS), COLOURS), (as_file(COLOURS, "WEBP", lossless=True), COLOURS),
+        (as_file(np.zeros_like(SHADES)), np.zeros_like(SHADES))],
+    "1-bit, or a palette": [
+        (as_file(RAMP > 0.5), np.uint8(255) * (RAMP > 0.5)),
+        (as_file(RAMP > 0.5, "TIFF"), np.uint8(255) * (RAMP > 0.5)),
+        (as_file(PAGE.convert("P"), "TIFF"), SHADES)],
+    "CMYK, YCbCr": [
+        (tiff(np.dstack([*[0 * SHADES] * 3, 255 - SHADES]), 5), SHADES),
+        (tiff(np.dstack([SHADES, *[0 * SHADES + 128] * 2]), 6), SHADES)],
+    "rotation in EXIF, or a TIFF's orientation": [
+        (as_file(PAGE, exif=turned()), np.rot90(SHADES, -1)),
+        (tiff(SHADES, orientation=6), np.rot90(SHADES, -1)),
+        (tiff(DEEP, orientation=6), np.rot90(SHADES, -1)),
+        (tiff(RAMP.astype("<f4"), 0, orientation=3), np.rot90(255 - SHADES, 2))],
+    "alpha beside a picture": [
+        (as_file(np.dstack([SHADES, 255 - SHADES])), SHADES),
+        (as_file(np.dstack([COLOURS, SHADES])), COLOURS),
+        (as_file(np.dstack([SHADES, 0 * SHADES])), SHADES)],
+    "alpha that holds the picture": [
+        (as_file(ALPHA), "alpha"), (as_file(255 - ALPHA[..., [0, 0, 0, 1]]), "alpha"),
+        (as_file(ALPHA[..., [0, 0, 0, 1]], "WEBP", lossless=True), "alpha"),
+        (tiff(ALPHA[..., [0, 0, 0, 1]], 2, [2]), "alpha"),
+        # white where it can be seen, black below what is transparent
+        (as_file(np.dstack([np.uint8(255) * (SHADES > 9), SHADES * (SHADES > 9)])), "alpha")],
+    "16-bit grey, also big-endian": [
+        (as_file(DEEP), SHADES), (tiff(DEEP), SHADES), (tiff(DEEP.astype(">u2")), SHADES),
+        (as_file(Image.fromarray(DEEP), "TIFF", compression="tiff_lzw"), SHADES)],
+    "a hot pixel, or a few": [
+        (as_file(with_pixels(DEEP, 65535)), with_pixels(SHADES, 255)),
+        (as_file(with_pixels(DEEP, 65535, 40000, 9000)), with_pixels(SHADES, 255, 255, 255)),
+        (tiff(with_pixels(RAMP, 1e9).astype("<f4")), with_pixels(SHADES, 255)),
+        (tiff(with_pixels(RAMP, -1e9).astype("<f4")), SHADES)],
+    "grey without a 0": [
+        (as_file(DEEP + 30_000), SHADES), (as_file(with_pixels(DEEP + 30_000, 0)), SHADES)],
+    "signed 8, 16 or 32 bits": [
+        (tiff((RAMP * 4095 - 1024).astype(kind)), SHADES) for kind in ("<i2", ">i2", "<i4", ">i4")
+    ] + [(tiff((RAMP * 4095).astype("<i2")), SHADES),
+         (tiff((SHADES.astype(int) - 128).astype(np.int8)), SHADES)],
+    "unsigned 32 bits": [
+        (tiff((RAMP * 4095).astype("<u4")), SHADES), (tiff((RAMP * 4e9).astype("<u4")), SHADES)],
+    "float": [
+        (tiff((RAMP * most).astype(kind)), SHADES)
+        for most in (1e-3, 1, 255, 4095, 1e9) for kind in ("<f4", ">f4")
+    ] + [(tiff((RAMP * 3 - 1).astype("<f4")), SHADES),
+         (as_file(RAMP.astype("<f4"), "TIFF"), SHADES)],
+    "TIFF where 0 is white (MINISWHITE)": [
+        (tiff(SHADES, 0), 255 - SHADES), (tiff(DEEP, 0), 255 - SHADES),
+        (tiff(RAMP.astype("<f4"), 0), 255 - SHADES)],
+    "NaN or infinity": [
+        (tiff((RAMP * np.nan).astype("<f4")), "NaN"),
+        (tiff(with_pixels(RAMP, np.nan).astype("<f4")), "NaN"),
+        (tiff(with_pixels(RAMP, np.inf).astype("<f4")), "inf"),
+        (tiff(with_pixels(RAMP, -np.inf).astype("<f4")), "inf"),
+        (tiff((0 * RAMP + np.inf).astype("<f4")), "inf")],
+    "deeper than 8 bits, and all pixels the same": [
+        (as_file(0 * DEEP + 7), "same"), (tiff((0 * RAMP + 7).astype("<f4")), "same")],
+    "16 bits a colour, or 16-bit grey with alpha": [
+        (png(np.dstack([DEEP] * 3), 2), "16 bits"), (png(np.dstack([DEEP] * 2), 4), "16 bits"),
+        (png(np.dstack([DEEP] * 4), 6), "16 bits"), (tiff(np.dstack([DEEP] * 3), 2), "16 bits"),
+        (tiff(np.dstack([DEEP] * 4), 5), "16 bits")],
+    "several pages or frames": [
+        (as_file(PAGE, kind, save_all=True, append_images=[PAGE.rotate(180)]), "pages")
+        for kind in ("TIFF", "PNG", "WEBP")
+    ] + [(as_file(PAGE, "MPO", quality=100, save_all=True, append_images=[PAGE.rotate(180)]),
+          SHADES)],
+    "64-bit or 16-bit float, and what else Pillow does not know": [
+        (tiff(RAMP), "unknown"), (tiff(RAMP.astype("<f2")), "unknown")],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_of_film_is_shown_as_it_is_or_refused(tmp_path, kind):
+    for i, (content, expected) in enumerate(KINDS[kind]):
+        path = tmp_path / f"{i}.img"
+        path.write_bytes(content)
+        if isinstance(expected, str):
+            with pytest.raises(ValueError) as caught:
+                data.load_image(path.name, tmp_path)
+            said = str(caught.value)
+            assert said.startswith(f"{path}: not a readable image: {REFUSED[expected]}"), i
+            continue
+        expected = expected if expected.ndim == 3 else expected[..., None].repeat(3, 2)
+        found = np.asarray(data.load_image(path.name, tmp_path))
+        exact = kind in ("8-bit grey or colour", "1-bit, or a palette", "alpha beside a picture")
+        assert found.shape == expected.shape, i
+        assert np.abs(found.astype(int) - expected).max() <= (0 if exact else 2), i
+
+
+def test_the_table_of_films_has_these_kinds_and_no_other():
+    text = (ROOT / "docs" / "data.md").read_text(encoding="utf-8")
+    _, section = text.split("\n## Films\n")
+    rows = re.findall(r"^\| (.+?) \| ", section.split("\n## ")[0], re.MULTILINE)
+    assert rows[2:] == list(KINDS)
+
+
+@pytest.mark.parametrize("most", [1, 255, 256, 1000, 4095, 16383, 65535])
+def test_an_ordinary_film_of_16_bits_keeps_its_bytes(tmp_path, most):
+    film = np.random.default_rng(0).integers(0, most + 1, (50, 60)).astype(np.uint16)
+    film.flat[:2] = 0, most
+    save(tmp_path / "x.png", film)
+    shades = (film.astype(np.float32) * (255 / np.float32(most))).astype(np.uint8)
+    assert np.array_equal(np.asarray(data.load_image("x.png", tmp_path))[..., 0], shades)
 
 
 # --- tokens

@@ -209,7 +209,7 @@ def test_peft_loads_the_adapter_and_gives_the_same_logits(base, examples, tmp_pa
     model = student.load(base)
     student.set_trainable(model, ["lora"], r=4, alpha=16)
     scatter_lora(model)
-    student.save_adapter(model, tmp_path / "adapter", base, 4, 16, 0.0)
+    student.save_adapter(model, tmp_path / "adapter", base, ["lora"])
     theirs = peft.PeftModel.from_pretrained(student.load(base), tmp_path / "adapter").eval()
     assert torch.equal(separate_logps(model, examples), separate_logps(theirs, examples))
     assert json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())["r"] == 4

@@ -108,8 +108,8 @@ def test_every_real_film_loads_and_keeps_its_shape(base):
         assert w / h == pytest.approx(width / height, rel=0.12)
 
 
-@needs_paper
-def test_the_papers_own_example_goes_through_data_prompt_and_loss(base, world, tmp_path):
+def appendix_b():
+    """The texts of the paper's Appendix B, {teacher: text}."""
     paper = Path(PAPER_TXT).read_text(encoding="utf-8")
     appendix = paper[paper.index("B CXR-MAX DATASET"):paper.index("C IMPLEMENTATION DETAILS")]
     headings = {
@@ -124,7 +124,12 @@ def test_the_papers_own_example_goes_through_data_prompt_and_loss(base, world, t
     parts = re.split(r"\n(" + "|".join(map(re.escape, headings)) + r")\n", appendix)
     texts = {headings[name]: text.strip() for name, text in zip(parts[1::2], parts[2::2])}
     assert len(texts) == 7 and all(len(text) > 400 for text in texts.values())
+    return texts
 
+
+@needs_paper
+def test_the_papers_own_example_goes_through_data_prompt_and_loss(base, world, tmp_path):
+    texts = appendix_b()
     image = json.loads((world / "studies.jsonl").read_text().splitlines()[0])["image"]
     labels = {"Atelectasis": 1, "Pleural Effusion": 1}
     record = {"id": "appendix-b", "image": image, "labels": labels, "trajectories": texts}

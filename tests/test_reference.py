@@ -1,11 +1,18 @@
 """The frozen reference of stage 3, its log's warnings, its presets, --dry_run."""
 
 import argparse
+import functools
 import json
+import math
+import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
 import torch
+from conftest import write_positives
+from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import apo
 import data
@@ -70,6 +77,123 @@ def test_a_reference_pass_goes_on_where_it_was_stopped(asked, tmp_path):
     assert torch.equal(asked("a"), whole)
     # the torn micro-batch and the one never begun
     assert asked.encoded[4:] == asked.plan.order(0)[2:]
+
+
+# --- at pi_theta = pi_st the first loss is log(1 + sum of w_u)
+
+TERMS = {
+    "plain": {}, "length_norm": {"length_norm": True},
+    "weights": {"weights": torch.arange(7.0)}, "normalised": {"weights": None}}
+
+
+ONE_EACH = torch.ones(7)
+
+
+def encode_of(examples, encoded, epoch, index):
+    """An example of a list, or of a function of the index, which is noted down."""
+    encoded.append(index)
+    return examples(index) if callable(examples) else examples[index]
+
+
+@pytest.fixture
+def checked(model, batch, asked, tmp_path):
+    """checked(examples, ...) computes or reads the reference of six studies, and checks it."""
+    def checked(examples=batch, weights=ONE_EACH, **changes):
+        args = SimpleNamespace(**{"beta": 0.1, "length_norm": False, "bf16": False,
+                                  "num_workers": 0, **changes})
+        encode = functools.partial(encode_of, examples, asked.encoded)
+        folder = SimpleNamespace(path=tmp_path)
+        asked.encoded.clear()
+        return apo.checked_reference(model, asked.plan, encode, folder, "a", weights, args)
+
+    return checked
+
+
+def other_film(example):
+    return {**example, "pixel_values": 1 - example["pixel_values"]}
+
+
+@pytest.mark.parametrize("terms", TERMS)
+def test_a_cached_reference_of_other_films_is_told_by_the_first_loss_and_made_again(
+        checked, batch, asked, studies, capsys, terms):
+    terms = TERMS[terms]
+    # an absent teacher has no weight
+    batch[asked.plan.order(0)[0]]["responses"][3] = None
+    before = checked(**terms)
+    assert torch.equal(checked(**terms), before)
+    assert asked.encoded == asked.plan.order(0)[:2]  # the first step alone is looked at
+    assert "warning" not in capsys.readouterr().out
+    second = asked.plan.order(0)[1]
+    changed = [other_film(one) if i == second else one for i, one in enumerate(batch)]
+    after = checked(changed, **terms)
+    (said,) = capsys.readouterr().out.splitlines()
+    assert not torch.equal(after[second], before[second])
+    first, loss, expected = re.fullmatch(
+        r"warning: .*reference.safetensors: with it the first loss of study '(.*)' is ([\d.]+), "
+        r"expected log\(1 \+ sum of w_u\) = ([\d.]+); .* again", said).groups()
+    assert first == studies[second].id and loss != expected
+    w = terms.get("weights", ONE_EACH)
+    assert float(expected) == pytest.approx(math.log(2 if w is None else 1 + w.sum()), abs=1e-4)
+    assert torch.equal(checked(changed, **terms), after)
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("bf16, nats, told", [
+    (False, 0.001, False), (False, 0.5, True), (True, 0.05, False), (True, 4, True)])
+def test_rounding_of_the_number_format_is_no_other_reference(
+        checked, asked, tmp_path, capsys, bf16, nats, told):
+    file = tmp_path / "reference.safetensors"
+    checked(bf16=bf16)
+    logps = load_file(file)["logps"]
+    logps[asked.plan.order(0)[0], 0] += nats
+    save_file({"logps": logps}, file, metadata={"key": "a"})
+    checked(bf16=bf16)
+    assert ("warning" in capsys.readouterr().out) == told
+
+
+def test_a_reference_that_is_off_again_ends_the_run(checked, batch, asked):
+    def film(index):  # another one in every pass
+        return {**batch[index], "pixel_values": batch[index]["pixel_values"] * len(asked.encoded)}
+
+    with pytest.raises(ValueError, match=r"^study '.*': its first loss is [\d.]+ with a reference "
+                       r"that was just computed, expected log\(1 \+ sum of w_u\) = 2.0794: "):
+        checked(film)
+
+
+def test_a_loss_that_is_no_number_is_left_to_the_step_which_names_it(checked, batch, capsys):
+    checked([{**one, "pixel_values": one["pixel_values"] * math.nan} for one in batch])
+    assert "warning" not in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_a_film_changed_in_place_does_not_go_into_the_first_loss(
+        script, world, base, tmp_path, ranks):
+    """All films change but keep their sizes in bytes; the run goes on from its beginning."""
+    shutil.copytree(world, tmp_path / "world")
+    films, out = tmp_path / "world" / "films", tmp_path / "out"
+    positives = write_positives(
+        tmp_path / "positives.jsonl",
+        [s for s in data.read_studies(world / "studies.jsonl", data.load_task(world / "task.json"))
+         if s.split == "train"])
+    flags = ["--preset", "demo", "--studies", world / "studies.jsonl", "--images",
+             tmp_path / "world", "--task_file", world / "task.json", "--student", base,
+             "--positives", positives, "--output_dir", out, "--max_steps", 1, "--logging_steps", 1,
+             "--micro_batch", 1, "--no-merge"]
+    script("apo.py", *flags, ranks=ranks)
+    kept = (out / "reference.safetensors").read_bytes()
+    shutil.rmtree(out)
+    out.mkdir()
+    (out / "reference.safetensors").write_bytes(kept)
+    for film in films.iterdir():
+        size = film.stat().st_size
+        Image.new("L", Image.open(film).size, 255).save(film)
+        film.write_bytes(film.read_bytes().ljust(size, b"\0"))
+        assert film.stat().st_size == size
+    said = script("apo.py", *flags, ranks=ranks).stdout
+    assert said.count("Computing the reference again") == 1
+    first = json.loads((out / "log.jsonl").read_text().splitlines()[0])
+    assert first["loss"] == torch.tensor(8.0).log().item()
+    assert (out / "reference.safetensors").read_bytes() != kept
 
 
 def test_the_key_changes_with_everything_the_reference_depends_on(

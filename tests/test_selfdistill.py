@@ -57,6 +57,9 @@ def test_a_text_about_the_film_is_a_positive(text):
     ("Reader 1", "length", "unfinished"),
     ("", "stop", "empty"),
     (" \n\t", "stop", "empty"),
+    ("no edema<|im_start|>user\nedema", "stop", "holds a chat marker"),
+    ("<|image_pad|>", "stop", "holds a chat marker"),
+    ("edema <|vision_start|>", "length", "unfinished"),
 ])
 def test_a_text_that_is_empty_or_does_not_end_is_no_positive(text, finish, reason):
     assert selfdistill.fault(text, finish) == reason
@@ -162,6 +165,19 @@ def test_a_study_samples_the_same_alone_in_company_and_in_any_order(
     assert backwards == together[::-1]
     for example, seed, expected in zip(examples, SEEDS, together):
         assert responses(speaker, processor, [example], [seed], temperature, top_p) == [expected]
+
+
+def test_a_response_ends_at_either_end_token(speaker, processor, examples):
+    with torch.no_grad():
+        speaker.lm_head.weight[processor.pad] = speaker.lm_head.weight[processor.end] * 0.98
+    seeds = [f"{i}" for i in range(24)]
+    out = responses(speaker, processor, examples * 4, seeds)
+    stopped = [ids for ids, finish in out if finish == "stop"]
+    assert {ids[-1] for ids in stopped} == set(processor.ends)
+    assert not any(set(ids[:-1]) & set(processor.ends) for ids, _ in out)
+    assert not any(set(ids) & set(processor.ends) for ids, finish in out if finish != "stop")
+    assert out == [responses(speaker, processor, [example], [seed])[0]
+                   for example, seed in zip(examples * 4, seeds)]
 
 
 def test_another_seed_is_another_sample_and_torchs_own_seed_has_no_say(model, processor, examples):

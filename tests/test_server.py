@@ -2,11 +2,12 @@
 
 import gc
 import json
+import re
 import threading
 
 import pytest
 import torch
-from chat_server import completion, cuts_its_json, serve
+from chat_server import ServersProcessor, completion, counts_wrong, cuts_its_json, serve
 from PIL import Image
 
 import data
@@ -20,19 +21,21 @@ FILES = ("positives.jsonl", "dropped.jsonl", "stats.json", "finished.json")
 
 
 @pytest.fixture(scope="module")
-def serves(talker, processor):
-    """What a server of that student answers: its own image processor, its own use of the seed."""
+def serves(talker, processor, tmp_path_factory):
+    """What a server of that student answers, which knows no more of it than its folder: the prompt
+    by chat template and image processor; its own use of the seed."""
     model, busy = student.load(talker), threading.Lock()
+    folder = tmp_path_factory.mktemp("served")
+    student.save_student(model, processor, folder, "card")
+    of_the_server = ServersProcessor.from_pretrained(folder)
 
     def answer(chat, body, nth):
-        *system, user = body["messages"]
-        *_, text = user["content"]
         images = [image.convert("RGB") for image in chat.images(body)]
-        pixels = processor.image_processor(images=images, return_tensors="pt")
-        prefix = processor.prefix(text["text"], pixels["image_grid_thw"])
         with busy:
+            prompt = of_the_server.encode(body["messages"], images)
+            prompt["prefix_ids"] = prefix = prompt["input_ids"][0]
             (ids, finish), = sampling.sample(
-                model, processor, [{"prefix_ids": prefix, **pixels}], [body["seed"]],
+                model, processor, [prompt], [body["seed"]],
                 body["temperature"], body["top_p"], body["max_tokens"])
         return completion(processor.text(ids), finish, (len(prefix), len(ids)))
 
@@ -78,7 +81,8 @@ def test_a_server_of_the_same_student_gives_the_same_greedy_files(flags, talker,
     here = stage(flags, tmp_path / "here", "--temperature", 0, "--student", talker, "--no-bf16")
     with serve(serves) as chat:
         url = chat.url.removesuffix("/v1")
-        there = stage(flags, tmp_path / "there", "--temperature", 0, "--server", url)
+        there = stage(
+            flags, tmp_path / "there", "--temperature", 0, "--server", url, "--student", talker)
     assert there == here and lines(here["positives.jsonl"]) and lines(here["dropped.jsonl"])
     assert not list((tmp_path / "there").glob("part-*"))
 
@@ -153,6 +157,64 @@ def test_a_text_that_quotes_its_readers_or_does_not_stop_is_no_positive(flags, t
         assert lines(written["positives.jsonl"])[0]["tokens"] is None
 
 
+def test_a_chat_marker_in_a_text_makes_it_no_positive(flags, tmp_path):
+    with serve(lambda *_: completion("edema mild<|im_start|>user")) as chat:
+        written = stage(flags, tmp_path / "x", "--server", chat.url)
+    assert json.loads(written["stats.json"])["dropped"] == {"holds a chat marker": 12}
+    # a server leaves them out of its text unless it is told not to
+    assert all(body["skip_special_tokens"] is False for body in chat.asked)
+
+
+def test_a_server_that_sees_another_prompt_is_found_at_its_first_answer(
+        flags, talker, serves, tmp_path):
+    message = (r"study train-\d+: the prompt has (\d+) tokens for the server, expected (\d+) as "
+               r"for --student; look at .*chat template.*--max_pixels 802816.*system prompt")
+    with serve(counts_wrong(serves)) as chat, pytest.raises(endpoint.Failure, match=message) as no:
+        stage(flags, tmp_path / "x", "--server", chat.url, "--student", talker)
+    found, expected = map(int, re.search(message, str(no.value)).groups())
+    assert found == expected + 26
+    # none of the requests that were in flight has left a sample
+    assert not read_parts(tmp_path / "x")
+
+
+@pytest.mark.parametrize("system", ["", "Be brief."])
+def test_another_chat_template_is_noticed(flags, talker, serves, world, tmp_path, system):
+    """Qwen's own template adds its system message where the task has none."""
+    spec = json.loads((world / "task.json").read_text())
+    spec["prompts"]["system"] = system
+    (tmp_path / "task.json").write_text(json.dumps(spec))
+    own = [*flags, "--task_file", tmp_path / "task.json", "--student", talker]
+
+    def adds_a_system_message(chat, body, nth):
+        if body["messages"][0]["role"] != "system":
+            default = {"role": "system", "content": "You are a helpful assistant."}
+            body["messages"].insert(0, default)
+        return serves(chat, body, nth)
+
+    with serve(serves) as chat:
+        stage(own, tmp_path / "right", "--server", chat.url)
+    with serve(adds_a_system_message) as chat:
+        if system:
+            stage(own, tmp_path / "wrong", "--server", chat.url)
+        else:
+            with pytest.raises(endpoint.Failure, match="look at the server's chat template"):
+                stage(own, tmp_path / "wrong", "--server", chat.url)
+
+
+def test_a_prompt_that_cannot_be_compared_is_said_once(flags, talker, serves, tmp_path, capsys):
+    def says(name, answer, *more):
+        with serve(answer) as chat:
+            stage(flags, tmp_path / name, "--server", chat.url, *more)
+        return [line for line in capsys.readouterr().out.splitlines() if "not compared" in line]
+
+    silent = lambda *_: completion("edema mild", usage=None)
+    (line,) = says("no usage", silent, "--student", talker)
+    assert "it sends no usage" in line
+    (line,) = says("no student", serves)
+    assert "no --student is given" in line
+    assert not says("both", serves, "--student", talker)
+
+
 def test_the_model_is_the_servers_only_one_or_named(flags, tmp_path):
     with serve(lambda *_: completion("edema mild")) as chat:
         chat.models = ["a", "b"]
@@ -210,7 +272,7 @@ def test_a_server_gets_the_pixels_and_the_words_that_the_student_would(base, tmp
         ["--studies", "x", "--images", str(tmp_path), "--max_pixels", str(60 * 28 * 28)])
     server = endpoint.Endpoint("http://localhost:9", "m")
     served = selfdistill.open_sampler(args, data.CHEST, server)
-    system, user = served.encode(study)
+    _, (system, user) = served.encode(study)
     *images, text = user["content"]
     with serve(lambda *_: None) as chat:
         films = chat.images({"messages": [user]})

@@ -1,17 +1,28 @@
-"""Which students are taken: every size of Qwen2.5-VL, and no other family."""
+"""Which students are taken, every size of Qwen2.5-VL and no other family; and what is saved."""
 
 import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from chat_server import ServersProcessor
+from conftest import ROOT
+from PIL import Image
 from safetensors.torch import load_file
 
 import apo
 import data
+import sampling
 import selfdistill
 import spd
 import student
+from runtime.checkpoint import fingerprint, save_checkpoint
 from scale_model import base as scale_base
 
 # hidden, layers, heads, kv heads, intermediate; the tower's intermediate; tied: the published
@@ -103,6 +114,36 @@ def test_another_family_is_refused_with_what_would_have_to_be_true(base, tmp_pat
         student.load(folder)
 
 
+def copy_of(folder, to):
+    """A copy of a student's folder whose files are its own."""
+    return Path(shutil.copytree(folder, to))
+
+
+def change_json(file, **changes):
+    """Changes keys of a JSON file, which is made where it is not there."""
+    before = json.loads(file.read_text()) if file.exists() else {}
+    file.write_text(json.dumps(before | changes))
+
+
+@pytest.mark.parametrize("key, value, method", [
+    ("quantization_config", {"quant_method": "awq", "bits": 4}, "awq"),
+    ("quantization_config", {"quant_method": "gptq", "bits": 4}, "gptq"),
+    ("quantization_config", {"quant_method": "bitsandbytes", "load_in_4bit": True}, "bitsandbytes"),
+    ("quantization_config", {"quant_method": "fp8"}, "fp8"),
+    ("compression_config", {"quant_method": "compressed-tensors"}, "compressed-tensors"),
+    ("quantization_config", {"bits": 4}, "by an unnamed method"),
+    ("quantization_config", "int8", "by an unnamed method"),
+])
+def test_a_quantised_student_is_refused_with_the_way(base, tmp_path, key, value, method):
+    folder = copy_of(base, tmp_path / "quantised")
+    change_json(folder / "config.json", **{key: value})
+    with pytest.raises(ValueError, match=rf"^--student {folder} is quantised \({method}\), "
+                       "expected the folder or hub id of the same model unquantised"):
+        student.load(folder)
+    change_json(folder / "config.json", **{key: None})
+    student.require_family(folder)
+
+
 @pytest.mark.parametrize("stage", [spd, selfdistill, apo])
 def test_a_stage_refuses_it_before_any_work(stage, tmp_path, run_flags):
     folder = tmp_path / "other"
@@ -114,6 +155,48 @@ def test_a_stage_refuses_it_before_any_work(stage, tmp_path, run_flags):
     with pytest.raises(ValueError, match=rf"--student {folder} is a llava, expected a Qwen2.5-VL"):
         stage.run(stage.parse([str(flag) for flag in flags]))
     assert not (tmp_path / "run").exists()
+
+
+# --- the versions of transformers
+
+@pytest.mark.parametrize("version", ["4.57.1", "5.0.0", "5.4.0", "5.5.3", "5.5.0.dev0"])
+def test_an_older_transformers_is_refused(version):
+    with pytest.raises(SystemExit, match=rf"^transformers {version}: expected 5.5.4 to 5.24, "):
+        student.require_tested(version)
+
+
+@pytest.mark.parametrize("version", ["5.5.4", "5.10.0", "5.17.0", "5.24.0", "5.24.3"])
+def test_a_tested_transformers_passes_without_a_word(version, recwarn):
+    student.require_tested(version)
+    assert not recwarn
+
+
+@pytest.mark.parametrize("version", ["5.25.0", "6.0.0", "10.0"])
+def test_a_newer_transformers_is_warned_of_on_rank_0(version, monkeypatch, recwarn):
+    monkeypatch.setenv("RANK", "1")
+    student.require_tested(version)
+    assert not recwarn
+    monkeypatch.setenv("RANK", "0")
+    student.require_tested(version)
+    (warning,) = recwarn
+    assert str(warning.message).startswith(f"transformers {version}: expected 5.5.4 to 5.24, ")
+
+
+def test_a_command_ends_with_one_line_under_an_older_transformers(tmp_path):
+    (tmp_path / "transformers").mkdir()
+    (tmp_path / "transformers" / "__init__.py").write_text('__version__ = "4.30.0"\n')
+    done = subprocess.run(
+        [sys.executable, ROOT / "spd.py", "--help"], capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT)))}, timeout=120)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch(r"transformers 4.30.0: expected .*\n", done.stderr), done.stderr
+
+
+def test_the_tested_versions_stand_in_readme_and_hold_the_pinned_one():
+    pinned = re.search("transformers==(.*)", (ROOT / "requirements.txt").read_text())[1]
+    student.require_tested(pinned)
+    assert "transformers 5.5.4 to 5.24" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert (student.OLDEST, student.NEWEST) == ((5, 5, 4), (5, 24))
 
 
 @pytest.mark.parametrize("lengths, budget, kept", [
@@ -154,3 +237,155 @@ def test_saved_weights_have_the_hubs_names(base, model, processor, tmp_path):
     } <= names
     known = ("visual.", "model.layers.", "model.embed_tokens.", "model.norm.", "lm_head.")
     assert all(name.startswith(known) for name in names)
+
+
+# --- what a server makes of a saved student
+
+@pytest.fixture(scope="module", params=["the scale model's base", "a trained student"])
+def folder(request, base, processor, tmp_path_factory):
+    """A student's folder as it is written."""
+    path = tmp_path_factory.mktemp("saved")
+    if request.param == "a trained student":
+        student.save_student(student.load(base), processor, path, "card")
+    else:
+        scale_base.write_student(path)
+    return path
+
+
+@pytest.mark.parametrize("sizes", [[(112, 140)], [(300, 90), (112, 140)]])
+@pytest.mark.parametrize("system", ["", "You are a helpful assistant.", "Be brief.\n\n No 'if'. "])
+def test_a_server_builds_our_prompt_token_for_token(folder, tmp_path, system, sizes):
+    prompts = {**scale_base.TASK["prompts"], "system": system}
+    task = data.make_task({**scale_base.TASK, "prompts": prompts}, "x")
+    for i, size in enumerate(sizes):
+        Image.new("RGB", size, (200, i, 0)).save(tmp_path / f"{i}.png")
+    study = data.Study("s", tuple(f"{i}.png" for i in range(len(sizes))), {}, {})
+    ours = student.Processor(folder, task, tmp_path)
+    server = ServersProcessor.from_pretrained(folder)
+    films = [data.load_image(path, tmp_path) for path in study.images]
+    for text in ("Edema?", "\n leading and trailing blanks \n\n", " 3 < 4 {{ x }} {% if %}"):
+        example = ours(study, text)
+        content = [*({"type": "image_url", "image_url": {"url": "data:,"}} for _ in films),
+                   {"type": "text", "text": text}]
+        chat = [{"role": "user", "content": content}]
+        if system:
+            chat.insert(0, {"role": "system", "content": system})
+        theirs = server.encode(chat, films)
+        assert theirs["input_ids"][0].tolist() == example["prefix_ids"].tolist()
+        assert torch.equal(theirs["image_grid_thw"], example["image_grid_thw"])
+        assert torch.equal(theirs["pixel_values"], example["pixel_values"])
+
+
+@pytest.mark.parametrize("empty", ["", [{"type": "text", "text": ""}]])
+def test_an_empty_system_message_is_none(folder, empty):
+    server = ServersProcessor.from_pretrained(folder)
+    user = {"role": "user", "content": "Edema?"}
+    with_it, without = ([{"role": "system", "content": empty}, user], [user])
+    assert server.apply_chat_template(with_it) == server.apply_chat_template(without)
+    turns = [user, {"role": "assistant", "content": "No."}]
+    assert server.apply_chat_template(turns) == (
+        "<|im_start|>user\nEdema?<|im_end|>\n<|im_start|>assistant\nNo.<|im_end|>\n")
+
+
+def test_the_template_of_the_student_before_is_not_kept(base, task, tmp_path):
+    """The folder of Qwen2.5-VL has a text-only template for its tokenizer, and another one."""
+    before, after = tmp_path / "before", tmp_path / "after"
+    before.mkdir()
+    for file in base.iterdir():
+        (before / file.name).write_bytes(file.read_bytes())
+    (before / "chat_template.json").write_text('{"chat_template": "of the processor"}')
+    settings = json.loads((before / "tokenizer_config.json").read_text())
+    settings["chat_template"] = "{{ messages[0]['content'] + 'of the tokenizer' }}"
+    (before / "tokenizer_config.json").write_text(json.dumps(settings))
+    student.save_processor(student.Processor(before, task), after)
+    assert transformers.AutoTokenizer.from_pretrained(after).chat_template == student.CHAT_TEMPLATE
+    assert ServersProcessor.from_pretrained(after).chat_template == student.CHAT_TEMPLATE
+    assert "of the" not in "".join(file.read_text() for file in after.iterdir())
+
+
+def test_its_files_are_those_that_older_readers_look_for(folder, base):
+    """transformers 4 takes no list as extra_special_tokens; without config.json, as beside an
+    adapter, AutoProcessor needs the processor's class."""
+    read = lambda name: json.loads((folder / name).read_text())
+    assert "extra_special_tokens" not in read("tokenizer_config.json")
+    assert read("chat_template.json") == {"chat_template": student.CHAT_TEMPLATE}
+    assert read("processor_config.json") == {"processor_class": "Qwen2_5_VLProcessor"}
+    assert read("preprocessor_config.json")["image_processor_type"] == "Qwen2VLImageProcessor"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert {"<|im_start|>", "<|im_end|>", "<|image_pad|>"} <= set(tokenizer.all_special_tokens)
+
+
+def test_either_end_token_ends_a_text_here_and_in_its_generation_config(base, processor, tmp_path):
+    model = student.load(base)
+    student.save_student(model, processor, tmp_path, "card")
+    ends = [processor.end, processor.tokenizer.convert_tokens_to_ids("<|endoftext|>")]
+    saved = transformers.GenerationConfig.from_pretrained(tmp_path)
+    assert saved.eos_token_id == processor.ends == ends and saved.pad_token_id == processor.pad
+    words = processor.tokens("mild edema")
+    assert processor.text([*words, ends[0]]) == processor.text([*words, ends[1]]) == "mild edema"
+    # what stands between is not glued over
+    for marker in (*ends, processor.start):
+        text = processor.text([*words, marker, *words, ends[0]])
+        assert selfdistill.fault(text, "stop") == "holds a chat marker"
+
+
+INVALID = {"do_sample": False, "temperature": 0.7, "top_p": 0.9}  # transformers saves no such file
+
+
+def test_what_a_folder_says_of_generating_is_neither_used_nor_saved(
+        base, task, world, studies, tmp_path):
+    folder = copy_of(base, tmp_path / "before")
+    change_json(folder / "generation_config.json", **INVALID, no_repeat_ngram_size=1)
+    model, processor = student.load(folder), student.Processor(folder, task, world)
+    examples = [processor(study, data.student_prompt(study, task)) for study in studies[:3]]
+    one, other = (sampling.sample(some, processor, examples, [0, 1, 2], 0.0, 1.0, 24)
+                  for some in (model, student.load(base)))
+    assert [ids.tolist() for ids, _ in one] == [ids.tolist() for ids, _ in other]
+    student.save_student(model, processor, tmp_path / "after", "card")
+    saved = json.loads((tmp_path / "after" / "generation_config.json").read_text())
+    saved.pop("transformers_version")
+    own = {"_from_model_config", "eos_token_id", "pad_token_id"}
+    assert set(saved) <= own and saved["eos_token_id"] == processor.ends
+
+
+OF_NO_FIGURE = {"generation_config.json": "{}", "README.md": "card", "chat_template.json": "{}",
+                "chat_template.jinja": "x", "video_preprocessor_config.json": "{}", "notes.txt": "",
+                "trainer_state.json": "{}"}
+
+
+@pytest.mark.parametrize("name", OF_NO_FIGURE)
+def test_a_file_that_changes_no_figure_is_no_part_of_the_fingerprint(base, tmp_path, name):
+    folder = copy_of(base, tmp_path / "copy")
+    before = fingerprint(folder)
+    (folder / name).write_text(OF_NO_FIGURE[name] + " ")
+    assert fingerprint(folder) == before
+
+
+@pytest.mark.parametrize("name", [
+    "config.json", "model.safetensors", "model-00002-of-00002.safetensors",
+    "model.safetensors.index.json", "preprocessor_config.json", "processor_config.json",
+    "tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "added_tokens.json",
+    "special_tokens_map.json", "adapter_config.json"])
+def test_a_file_that_changes_a_figure_is_a_part_of_the_fingerprint(base, tmp_path, name):
+    folder = copy_of(base, tmp_path / "copy")
+    before = fingerprint(folder)
+    with open(folder / name, "a") as file:
+        file.write(" ")
+    assert fingerprint(folder) != before
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o027, 0o077])
+def test_saved_weights_have_the_permissions_of_any_file(base, processor, tmp_path, umask):
+    before = os.umask(umask)
+    try:
+        model = student.load(base)
+        student.save_student(model, processor, tmp_path / "student", "card")
+        parameters = student.set_trainable(model, ["lora"])
+        student.save_adapter(model, tmp_path / "adapter", base, ["lora"])
+        save_checkpoint(tmp_path, 1, parameters, torch.optim.AdamW(parameters.values()), {}, 1)
+    finally:
+        assert os.umask(before) == umask
+    weights = list(tmp_path.rglob("*.safetensors"))
+    assert len(weights) == 4
+    modes = {file.name: file.stat().st_mode & 0o777 for file in weights}
+    assert modes == dict.fromkeys(modes, 0o666 & ~umask)

@@ -1,6 +1,9 @@
-"""The schedule, the plan of an epoch, the optimiser, the flags."""
+"""The schedule, the plan of an epoch, the optimiser, the flags, broken images."""
 
 import argparse
+import json
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -228,3 +231,162 @@ def test_a_norm_of_0_clips_nothing():
     weight.grad = torch.tensor([30.0])
     optimiser = torch.optim.SGD([weight], lr=1.0)
     assert training.update({"w": weight}, optimiser, 1.0, 0.0) == 30.0 and weight.item() == -30.0
+
+
+# --------------------------------------------------------------------------------- broken images
+
+@pytest.fixture
+def torn(world, tmp_path):
+    """A copy of the world in which two films end too early and a third one is gone."""
+    folder = tmp_path / "torn"
+    shutil.copytree(world, folder)
+    for name in TORN:
+        film = folder / "films" / name
+        film.write_bytes(film.read_bytes()[:-100])
+    (folder / "films" / GONE).unlink()
+    return folder
+
+
+TORN, GONE = ("train-00003.png", "train-00017.png"), "train-00009.png"
+LEFT_OUT = "--skip_broken: 3 studies left out, for 3 images that cannot be read; see broken.jsonl"
+
+
+def flags_of(stage, folder, base, positives, out):
+    """A short run of a stage on the films of a folder, with --skip_broken."""
+    shared = ["--preset", "demo", "--studies", folder / "studies.jsonl", "--images", folder,
+              "--task_file", folder / "task.json", "--student", base, "--skip_broken",
+              "--output_dir", out]
+    training_flags = ["--global_batch", 4, "--max_steps", 2, "--save_steps", 1]
+    return shared + {
+        spd: training_flags, selfdistill: ["--max_new_tokens", 4, "--batch_size", 8],
+        apo: [*training_flags, "--positives", positives]}[stage]
+
+
+def written(folder):
+    """What broken.jsonl lists, without the path in front of a reason."""
+    lines = [json.loads(line) for line in (folder / "broken.jsonl").read_text().splitlines()]
+    return [(line["id"], line["image"], line["reason"].rpartition("films/")[2]) for line in lines]
+
+
+def run(stage, flags, capsys):
+    """Runs a stage in this process and returns what it printed."""
+    stage.run(stage.parse([str(word) for word in flags]))
+    return capsys.readouterr().out
+
+
+@pytest.mark.parametrize("stage, count, left", [
+    (spd, 1, 21), (spd, 2, 21), (selfdistill, 1, 21), (apo, 1, 20)])
+def test_studies_with_broken_images_are_left_out_on_all_ranks(
+        script, torn, base, positives, tmp_path, capsys, stage, count, left):
+    flags = flags_of(stage, torn, base, positives, tmp_path / "out")
+    if count == 1:
+        said = run(stage, flags, capsys)
+    else:
+        said = script(f"{stage.__name__}.py", *flags, ranks=count).stdout
+    assert LEFT_OUT in said and f"{left} studies" in said
+    found = written(tmp_path / "out")
+    assert [(id, image) for id, image, _ in found] == [
+        (film.removesuffix(".png"), f"films/{film}") for film in sorted([*TORN, GONE])]
+    assert [reason.split(": ", 2)[:2] for _, _, reason in found] == [
+        ["train-00003.png", "not a readable image"], ["train-00009.png", "no such image"],
+        ["train-00017.png", "not a readable image"]]
+
+
+def test_a_run_that_goes_on_keeps_its_studies(torn, world, base, positives, tmp_path, capsys):
+    """Also where the films were mended meanwhile. The first run is taken back to its first step."""
+    out = tmp_path / "out"
+    flags = flags_of(spd, torn, base, positives, out)
+    assert "21 studies, 2 steps" in run(spd, flags, capsys)
+    before = (out / "student" / "model.safetensors").read_bytes()
+    listed = (out / "broken.jsonl").read_bytes()
+    shutil.rmtree(out / "student")
+    shutil.rmtree(max(out.glob("step-*")))
+    (out / "finished.json").unlink()
+    shutil.copytree(world / "films", torn / "films", dirs_exist_ok=True)
+    said = run(spd, flags, capsys)
+    assert LEFT_OUT in said and "continuing from" in said
+    assert (out / "student" / "model.safetensors").read_bytes() == before
+    assert (out / "broken.jsonl").read_bytes() == listed
+    # another beginning looks at the films again
+    said = run(spd, [*flags, "--resume", "never"], capsys)
+    assert "--skip_broken: 0 studies left out" in said and "24 studies" in said
+    assert (out / "broken.jsonl").read_bytes() == b""
+
+
+def test_without_skip_broken_nothing_is_opened_before_its_step(torn, tmp_path):
+    args = argparse.Namespace(skip_broken=False, images=torn, num_workers=0)
+    assert training.drop_broken(None, args, ["a study"], []) == (["a study"], [])
+
+
+def test_a_broken_image_names_the_file_and_the_way_on_once():
+    @training.naming_the_way_on()
+    def run(message, deeper):
+        if deeper:
+            return run(message, deeper - 1)
+        raise ValueError(message)
+
+    said = "/films/x.png: not a readable image: image file is truncated"
+    in_worker = f"Caught ValueError in DataLoader worker process 0.\nValueError: {said}\n"
+    for message, deeper in ((said, 0), (said, 2), (in_worker, 1)):
+        with pytest.raises(ValueError) as caught:
+            run(message, deeper)
+        assert str(caught.value) == said + training.WAY_ON
+    with pytest.raises(ValueError, match="^no study$"):
+        run("no study", 1)
+
+
+# ---------------------------------------------------- what can fail at the end is tried first
+
+@pytest.fixture
+def copied(base, tmp_path):
+    """copied(name) is a copy of the student's folder."""
+    return lambda name: Path(shutil.copytree(base, tmp_path / name))
+
+
+@pytest.mark.parametrize("stage", [spd, apo])
+def test_an_invalid_generation_config_neither_ends_a_run_nor_keeps_it_from_going_on(
+        copied, world, positives, tmp_path, capsys, stage):
+    folder, out = copied("before"), tmp_path / "out"
+    said = folder / "generation_config.json"
+    said.write_text(json.dumps({"do_sample": False, "temperature": 0.7}))
+    flags = flags_of(stage, world, folder, positives, out)
+    run(stage, flags, capsys)
+    first = (out / "student" / "model.safetensors").read_bytes()
+    shutil.rmtree(out / "student")
+    shutil.rmtree(max(out.glob("step-*")))
+    (out / "finished.json").unlink()
+    said.unlink()
+    (folder / "README.md").write_text("another card")
+    assert "continuing from" in run(stage, flags, capsys)
+    assert (out / "student" / "model.safetensors").read_bytes() == first
+    saved = json.loads((out / "student" / "generation_config.json").read_text())
+    assert "temperature" not in saved and len(saved["eos_token_id"]) == 2
+
+
+@pytest.mark.parametrize("stage", [spd, apo])
+def test_what_could_not_be_saved_is_said_before_the_first_step(
+        base, world, positives, tmp_path, capsys, stage, monkeypatch):
+    def fails(processor, folder):
+        raise TypeError("no JSON:\nset")
+
+    monkeypatch.setattr(student, "save_processor", fails)
+    out = tmp_path / "out"
+    flags = flags_of(stage, world, base, positives, out)
+    for more in ([], ["--dry_run"]):
+        with pytest.raises(ValueError, match=f"^--student {base}: a student that is trained from "
+                           r"it could not be saved: no JSON:\\nset$"):
+            run(stage, [*flags, *more], capsys)
+    assert {path.name for path in out.iterdir()} <= {".lock", "args.json", "env.json",
+                                                     "broken.jsonl"}
+
+
+def test_trying_to_save_leaves_nothing(copied, task, tmp_path):
+    args = argparse.Namespace(
+        student=str(copied("before")), bf16=False, gradient_checkpointing=False)
+    processor = student.Processor(args.student, task)
+    before = sorted(tmp_path.rglob("*"))
+    training.open_student(args, processor, argparse.Namespace(path=tmp_path), "cpu")
+    assert sorted(tmp_path.rglob("*")) == before
+    full = argparse.Namespace(path=tmp_path / "gone")
+    with pytest.raises(OSError):  # the disk's faults keep their own words
+        training.open_student(args, processor, full, "cpu")

@@ -28,7 +28,7 @@ def parse(argv=None):
     parser = argparse.ArgumentParser(description="A student's greedy answers, one line a study.")
     parser.add_argument(
         "--student", required=True,
-        help="folder or hub id")
+        help="folder or hub id, or the folder of a LoRA adapter")
     parser.add_argument(
         "--studies", required=True,
         help="studies.jsonl")
@@ -57,7 +57,7 @@ def parse(argv=None):
         "--batch_size", type=flags.at_least_one, default=32,
         help="studies per forward (default: %(default)s)")
     parser.add_argument(
-        "--num_workers", type=int, default=0,
+        "--num_workers", type=flags.at_least_zero, default=0,
         help="processes per rank that load images (default: %(default)s)")
     parser.add_argument(
         "--bf16", action=argparse.BooleanOptionalAction, default=torch.cuda.is_available(),

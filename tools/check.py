@@ -59,6 +59,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/ is no package of its own
 
 import data  # noqa: E402
+from runtime import adapter  # noqa: E402
 from runtime.records import atomic, line_of, parse_line, printable  # noqa: E402
 
 KINDS = ("json", "field", "label", "trajectory", "duplicate", "image missing", "image outside",
@@ -89,7 +90,8 @@ REPEATS = 5  # so many times the same is a loop
 class TextLengths:
     """Token lengths without the image, and without torch.
 
-    student  folder or hub id, whose tokenizer.json is read by the library that transformers uses
+    student  folder or hub id, whose tokenizer.json is read by the library that transformers uses;
+             an adapter without one has its base's
     task     data.Task, for its system prompt
     Raises ValueError where the tokenizer cannot be read.
     """
@@ -97,6 +99,7 @@ class TextLengths:
     def __init__(self, student, task):
         from tokenizers import Tokenizer
 
+        student = adapter.processor_of(student)
         file = Path(student) / "tokenizer.json"
         if not Path(student).exists():
             from huggingface_hub import hf_hub_download

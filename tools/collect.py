@@ -539,7 +539,10 @@ def parse(argv=None):
         "--seed", type=int, default=0,
         help="of the waiting times (default: %(default)s)")
     add_switches(parser)
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.budget is not None and not 0 < args.budget < math.inf:
+        parser.error(f"--budget {args.budget}: expected a number above 0")
+    return args
 
 
 def add_switches(parser):

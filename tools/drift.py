@@ -84,7 +84,7 @@ import apo  # noqa: E402
 import data  # noqa: E402
 import student  # noqa: E402
 from evaluation import teachers  # noqa: E402
-from runtime import ranks  # noqa: E402
+from runtime import flags, ranks  # noqa: E402
 from runtime.records import require_folder, write_text  # noqa: E402
 
 CHUNK = 25  # permutations whose sums are taken in one matrix product
@@ -514,13 +514,13 @@ def add_statistic_arguments(parser):
         "--permutations", type=int, default=500,
         help="random orders of the stream (default: %(default)s)")
     parser.add_argument(
-        "--alpha", type=float, default=0.05,
+        "--alpha", type=flags.up_to_one, default=0.05,
         help="how likely a stationary stream may raise any alarm (default: %(default)s)")
     parser.add_argument(
-        "--seed", type=int, default=0,
+        "--seed", type=flags.a_seed, default=0,
         help="of the random orders (default: %(default)s)")
     parser.add_argument(
-        "--num_workers", type=int, default=0,
+        "--num_workers", type=flags.at_least_zero, default=0,
         help="processes that read the texts (default: %(default)s, this one)")
 
 
@@ -529,7 +529,7 @@ def add_student_arguments(parser):
     g = parser.add_argument_group("the student's log-probs")
     g.add_argument(
         "--student",
-        help="folder or hub id of a Qwen2.5-VL")
+        help="folder or hub id of a Qwen2.5-VL, or the folder of a LoRA adapter on one")
     g.add_argument(
         "--images", default=".",
         help="folder that the image paths are relative to (default: %(default)s)")
@@ -537,10 +537,10 @@ def add_student_arguments(parser):
         "--prompt", choices=("student", "teacher"), default="student",
         help="teacher: Appendix B's, which names the diagnosis")
     g.add_argument(
-        "--max_pixels", type=int, default=1024 * 28 * 28,
+        "--max_pixels", type=flags.at_least_one, default=1024 * 28 * 28,
         help="pixels per image, 784 make a token (default: %(default)s)")
     g.add_argument(
-        "--max_tokens", type=int, default=8192,
+        "--max_tokens", type=flags.at_least_one, default=8192,
         help="tokens of a study; longer responses lose their ends (default: %(default)s)")
     g.add_argument(
         "--batch_size", type=int, default=4,

@@ -42,6 +42,7 @@ from safetensors.torch import save_file
 import apo
 import data
 import student
+import training
 from evaluation import datasets
 from metrics import findings, scores, text
 from runtime import ranks
@@ -81,7 +82,8 @@ class Case:
 
 # a stage's claim on its folder, which it makes when it has read all records; a folder with no more
 # than this was not begun
-CLAIM = {"out", "out/.lock", "out/args.json", "out/env.json", "out/too_long.jsonl"}
+CLAIM = {"out", "out/.lock", "out/args.json", "out/env.json", "out/too_long.jsonl",
+         "out/broken.jsonl"}
 
 
 @dataclass
@@ -453,6 +455,11 @@ add("spd.py", READERS["spd.py"], {
         "--student other", {"other/config.json": {"model_type": "llama"}},
         "--student other is a llama, expected a Qwen2.5-VL (qwen2_5_vl) of any size. For another "
         "family ..."),
+    "a quantised student": (
+        "--student other", {"other/config.json": {
+            "model_type": "qwen2_5_vl", "quantization_config": {"quant_method": "awq"}}},
+        "--student other is quantised (awq), expected the folder or hub id of the same model "
+        "unquantised, whose config.json has no quantization_config"),
     "a folder without a model": ("--student other", {"other/x": ""},
             "--student other is a model without a model_type, expected a Qwen2.5-VL (qwen2_5_vl) "
             "of any size. For another family ..."),
@@ -527,10 +534,32 @@ CASES["spd.py: --micro_batch -1"] = Case(
 CASES["spd.py: --learning_rate 0"] = Case(
     f"{READERS['spd.py']} --learning_rate 0",
     "argument --learning_rate: '0', expected a number above 0", status=2)
+CASES["spd.py: --seed -1"] = Case(
+    f"{READERS['spd.py']} --seed=-1",
+    "argument --seed: '-1', expected a whole number from 0 to 2**63 - 1", status=2)
+CASES["spd.py: a cosine upwards"] = Case(
+    f"{READERS['spd.py']} --learning_rate 1e-5 --min_learning_rate 2e-5",
+    "--min_learning_rate 2e-05: expected at most --learning_rate 1e-05, where the cosine begins",
+    status=2)
 for flag in ("logging_steps", "save_steps", "lora_r", "max_tokens", "max_steps"):
     CASES[f"spd.py: --{flag} 0"] = Case(
         f"{READERS['spd.py']} --{flag} 0",
         f"argument --{flag}: '0', expected a whole number of at least 1", status=2)
+REPLAYED = {"replay.jsonl": [record(i, trajectories={"u": "x " * 200}) for i in "pqr"]}
+add("spd.py", f"{READERS['spd.py']} --replay replay.jsonl", {
+    "a long row to replay": (
+        "--max_tokens 200", REPLAYED,
+        "replay.jsonl: 'p' takes ... tokens, expected at most --max_tokens 200"),
+    "a row to replay without its film": (
+        {"replay.jsonl": [record(i, trajectories={"u": "x"}, image=f"{i}.png") for i in "pqr"],
+         "p.png": films, "q.png": films},
+        "{here}/r.png: no such image" + training.WAY_ON),
+    "too few rows left to replay": (
+        "--skip_broken", {"replay.jsonl": [
+            record(i, trajectories={"u": "x"}, image=f"{i}.png") for i in "pqr"],
+            "p.png": films, "q.png": truncated, "r.png": films},
+        "replay.jsonl: 2 records with images that can be read, expected at least --replay_rows 3"),
+})
 add("spd.py", f"spd.py {RECORDS} --student student", {
     "no output": ({}, "--output_dir: missing; name the run's folder"),
 })
@@ -1065,6 +1094,9 @@ CASES["prepare_mimic: the test set's patients"] = Case(
 spec = lambda **changes: {
     "endpoints.json": {"u": {"url": "http://127.0.0.1:9", "model": "m", **changes}}}
 NEW = {"studies.jsonl": [record("a", trajectories=None)]}
+CASES["tools/collect.py: --budget nan"] = Case(
+    f"{READERS['tools/collect.py']} --budget nan", "--budget nan: expected a number above 0",
+    spec(), status=2)
 add("tools/collect.py", READERS["tools/collect.py"], {
     "no attempts": ("--attempts 0", spec(), "--attempts: expected at least 1"),
     "endpoints, no JSON": ({"endpoints.json": "{"}, "endpoints.json: not a JSON file: ..."),
@@ -1321,15 +1353,23 @@ for what, (files, says, _) in BAD_IMAGES.items():
         if what == "truncated" and "convert" in reader:
             continue  # it reads headers only
         split = " --split train" if "answers" in reader else ""
-        CASES[f"{reader}: image, {what}"] = Case(READERS[reader] + split + root, line + says, files)
+        way_on = "" if "tools/" in reader or what == "a NUL" else training.WAY_ON
+        CASES[f"{reader}: image, {what}"] = Case(
+            READERS[reader] + split + root, line + says + way_on, files)
     # evaluate.py lists what it cannot read, and goes on where anything is left
     if what not in ("truncated", "a NUL"):
         CASES[f"evaluate.py classify: image, {what}"] = Case(
             f"{READERS['evaluate.py classify']} --split train{root}",
             f"studies.jsonl: no study has both labels and images; a: {says}; b: ...", files)
 CASES["spd.py: image, truncated, in a worker"] = Case(
-    f"{READERS['spd.py']} --dry_run --num_workers 1", BAD_IMAGES["truncated"][1],
+    f"{READERS['spd.py']} --dry_run --num_workers 1", BAD_IMAGES["truncated"][1] + training.WAY_ON,
     {"film.png": truncated})
+for reader in ("spd.py", "spd.py --dry_run", "apo.py", "selfdistill.py"):
+    CASES[f"{reader}: nothing but broken images"] = Case(
+        f"{READERS[reader]} --skip_broken",
+        "--skip_broken: 4 studies left out, which leaves none; the first image: "
+        "{here}/film.png: not a readable image: ...",
+        {"film.png": truncated})
 
 
 pytestmark = pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
@@ -1632,6 +1672,41 @@ def test_a_function_refuses_with_its_message(name):
 # messages that take a server, a checkpoint or a fault of the machine: file, words of the message
 # -> the test that brings it about
 ELSEWHERE = {
+    ("sampling.py", "the prompt has {prompt_tokens} tokens"):
+        "test_server.py::test_a_server_that_sees_another_prompt_is_found_at_its_first_answer",
+    ("student.py", "SystemExit(f'transformers"):
+        "test_student.py::test_an_older_transformers_is_refused",
+    ("student.py", "expected 5.5.4 to 5.24"):
+        "test_student.py::test_an_older_transformers_is_refused",
+    ("training.py", "a student that is trained from it"):
+        "test_training.py::test_what_could_not_be_saved_is_said_before_the_first_step",
+    ("apo.py", "with it the first loss of study"):
+        "test_reference.py::"
+        "test_a_cached_reference_of_other_films_is_told_by_the_first_loss_and_made_again",
+    ("apo.py", "its first loss is"):
+        "test_reference.py::test_a_reference_that_is_off_again_ends_the_run",
+    ("runtime/adapter.py", ": expected {expected}, found"):
+        "test_adapter.py::test_a_config_that_means_something_else_is_refused",
+    ("runtime/adapter.py", "expected a JSON object"):
+        "test_adapter.py::test_a_config_that_is_no_object_is_refused",
+    ("runtime/adapter.py", "not another adapter"):
+        "test_adapter.py::test_a_folder_without_its_weights_or_with_two_meanings_is_refused",
+    ("student.py", "expected one of them"):
+        "test_adapter.py::test_a_folder_without_its_weights_or_with_two_meanings_is_refused",
+    ("student.py", "expected the adapter's weights"):
+        "test_adapter.py::test_a_folder_without_its_weights_or_with_two_meanings_is_refused",
+    ("student.py", "is no linear layer of the decoder"):
+        "test_adapter.py::test_weights_that_do_not_fit_the_base_are_refused",
+    ("student.py", "holds no LoRA weights"):
+        "test_adapter.py::test_weights_that_do_not_fit_the_base_are_refused",
+    ("student.py", "the config's modules_to_save"):
+        "test_adapter.py::test_weights_that_do_not_fit_the_base_are_refused",
+    ("student.py", "is an adapter, expected"):
+        "test_adapter.py::test_what_cannot_train_on_an_adapter_is_refused_before_any_work",
+    ("student.py", "goes on with this adapter"):
+        "test_adapter.py::test_what_cannot_train_on_an_adapter_is_refused_before_any_work",
+    ("training.py", "has lost a part of what was learnt"):
+        "test_adapter.py::test_the_end_of_a_lora_run_says_what_merging_lost",
     ("apo.py", "warning: {warning}"):
         "test_reference.py::test_the_log_warns_of_the_style_shortcut_and_of_a_falling_t_plus",
     ("runtime/checkpoint.py", "holds other parameters"):
@@ -1668,6 +1743,14 @@ ELSEWHERE = {
         "test_a_certificate_that_does_not_verify_stops_and_nothing_is_sent",
     ("runtime/endpoint.py", "redirects are not followed"):
         "runtime/test_endpoint.py::test_neither_redirects_nor_proxies_are_followed",
+    ("data.py", "several pages or frames"):
+        "test_data.py::test_each_kind_of_film_is_shown_as_it_is_or_refused",
+    ("data.py", "bits a colour"):
+        "test_data.py::test_each_kind_of_film_is_shown_as_it_is_or_refused",
+    ("data.py", "expected finite ones"):
+        "test_data.py::test_each_kind_of_film_is_shown_as_it_is_or_refused",
+    ("data.py", "only its alpha channel"):
+        "test_data.py::test_each_kind_of_film_is_shown_as_it_is_or_refused",
     ("student.py", "expected .safetensors files only"):
         "runtime/test_security.py::test_nothing_in_a_students_folder_is_unpickled",
     ("sampling.py", "serves"): "test_server.py::test_the_model_is_the_servers_only_one_or_named",

@@ -7,6 +7,7 @@ import sys
 import time
 
 import check
+import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
@@ -33,6 +34,11 @@ def films(tmp_path):
     (folder / "bomb.png").write_bytes(png_of_size(20_000, 20_000))
     (folder / "large.png").write_bytes(png_of_size(10_000, 10_000))
     (folder / "strip.png").write_bytes(png_of_size(20_000, 20))
+    Image.fromarray(np.full((64, 64), np.nan, np.float32)).save(folder / "nan.tif")
+    Image.new("L", (64, 64)).save(
+        folder / "pages.tif", save_all=True, append_images=[Image.new("L", (64, 64), 9)])
+    Image.merge("LA", [Image.new("L", (64, 64)), Image.linear_gradient("L").resize((64, 64))]).save(
+        folder / "alpha.png")
     Image.new("L", (64, 64)).save(tmp_path / "outside.png")
     return folder
 
@@ -73,6 +79,9 @@ BAD = {  # what a line holds -> its kinds
     "torn": (record("x", "torn.png"), ["image unreadable"]),
     "a page of HTML": (record("x", "page.jpg"), ["image unreadable"]),
     "empty file": (record("x", "empty.png"), ["image unreadable"]),
+    "NaN": (record("x", "nan.tif"), ["image unreadable"]),
+    "two pages": (record("x", "pages.tif"), ["image unreadable"]),
+    "a film in its alpha channel": (record("x", "alpha.png"), ["image unreadable"]),
     "bomb": (record("x", "bomb.png"), ["image too large"]),
     "large": (record("x", "large.png"), ["image too large"]),
     "strip": (record("x", "strip.png"), ["image too large"]),
