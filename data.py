@@ -181,7 +181,9 @@ ANSWER_MARKS = re.compile(
     r"|(?:<\|start\|>assistant)?<\|channel\|>final<\|message\|>|<\|return\|>", re.IGNORECASE)
 _OPENED, _CLOSED = ("|".join(map(re.escape, marks)) for marks in zip(*THINKING))
 _THOUGHT = re.compile(rf"(?:{_OPENED})(?:(?!{_OPENED}).)*?(?:{_CLOSED})", re.DOTALL | re.IGNORECASE)
-_LONE_END = re.compile(rf"^.*(?:{_CLOSED})", re.DOTALL | re.IGNORECASE)
+# by itself <|end|> ends an answer, not a thought
+_LONE_END = re.compile(rf"^.*(?:{_CLOSED.removesuffix('|' + re.escape('<|end|>'))})",
+                       re.DOTALL | re.IGNORECASE)
 _LONE_START = re.compile(rf"(?:{_OPENED}).*", re.DOTALL | re.IGNORECASE)
 
 

@@ -248,7 +248,7 @@ def _phrases(course):
     of the left effusion", and what is said where a change is denied."""
     phrases = [*_MORE[course]]
     phrases += [phrase for word in _COURSE[course]
-               for phrase in (f"{{finding}} * * {word}", f"{word} * * {{finding}}")]
+                for phrase in (f"{{finding}} * * {word}", f"{word} * * {{finding}}")]
     if course == "stable":
         phrases += [phrase for word in _CHANGE
                     for phrase in (f"no * {word} * {{finding}}", f"{{finding}} * no * {word}",

@@ -203,6 +203,7 @@ def test_json_is_read_whatever_its_keys_are_called(name, state):
     ("<|channel|>analysis<|message|>x<|end|><|start|>assistant<|channel|>final<|message|>No edema.",
      "No edema."),
     ("<think></think>", ""),
+    ("No edema.<|end|>", "No edema.<|end|>"),  # an end token, which check.py names
     (" Pressure < 5 [1]. No edema. ", " Pressure < 5 [1]. No edema. "),
 ])
 def test_thinking_is_not_the_answer(text, answer):
