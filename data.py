@@ -182,9 +182,14 @@ ANSWER_MARKS = re.compile(
 _OPENED, _CLOSED = ("|".join(map(re.escape, marks)) for marks in zip(*THINKING))
 _THOUGHT = re.compile(rf"(?:{_OPENED})(?:(?!{_OPENED}).)*?(?:{_CLOSED})", re.DOTALL | re.IGNORECASE)
 # by itself <|end|> ends an answer, not a thought
-_LONE_END = re.compile(rf"^.*(?:{_CLOSED.removesuffix('|' + re.escape('<|end|>'))})",
-                       re.DOTALL | re.IGNORECASE)
+_ENDS_THOUGHT = "|".join(re.escape(end) for _, end in THINKING if end != "<|end|>")
+_LONE_END = re.compile(rf"^.*(?:{_ENDS_THOUGHT})", re.DOTALL | re.IGNORECASE)
 _LONE_START = re.compile(rf"(?:{_OPENED}).*", re.DOTALL | re.IGNORECASE)
+# Marks of a chat template, which belong to no text: <|im_end|>, DeepSeek's <｜User｜>, Gemma's
+# <start_of_turn>, Llama 2's [INST] and <<SYS>>, LLaVA's <image>.
+CHAT_MARKER = re.compile(
+    r"<[|｜][^\s<>|｜]{1,40}[|｜]>|</?(?:start|begin|end)_of_\w{1,40}>|</?s>"
+    r"|<(?:bos|eos|pad|unk|image)>|\[/?INST\]|<</?SYS>>", re.IGNORECASE)
 
 
 def answer_of(text):
@@ -485,20 +490,40 @@ def compare_prompt(study, task, seed):
 
 # ------------------------------------------------------------------------------------ the films
 
+class ImageError(ValueError):
+    """An image cannot be read; `kind` is what tools/check.py calls that."""
+    kind = "image unreadable"
+
+
+class MissingImage(ImageError):
+    """There is no such file."""
+    kind = "image missing"
+
+
+class OutsideImage(ImageError):
+    """The file lies outside the folder of the images."""
+    kind = "image outside"
+
+
+class LargeImage(ImageError):
+    """The image has too many pixels, or a side is far longer than the other one."""
+    kind = "image too large"
+
+
 def image_path(path, root):
     """The file of an image.
 
     path  as a record gives it
     root  the folder of the images
-    Returns a Path. Raises ValueError if it lies outside `root`.
+    Returns a Path. Raises ImageError if it is no path, or lies outside `root`.
     """
     try:
         root = Path(root).resolve()
         file = (root / path).resolve()
     except (OSError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{path!r}: no path of an image: {error}") from None
+        raise ImageError(f"{path!r}: no path of an image: {error}") from None
     if not file.is_relative_to(root):
-        raise ValueError(f"{path}: lies outside the image folder {root}")
+        raise OutsideImage(f"{path}: lies outside the image folder {root}")
     return file
 
 
@@ -516,7 +541,7 @@ def open_image(path, root):
 
     path  as a record gives it
     root  the folder of the images
-    Whatever goes wrong, in the context too, becomes a ValueError that names the file.
+    Whatever goes wrong, in the context too, becomes an ImageError that names the file.
     """
     file = image_path(path, root)
     try:
@@ -525,17 +550,19 @@ def open_image(path, root):
         with Image.open(file, formats=IMAGE_FORMATS) as image:
             size = f"{image.width} x {image.height} pixels"
             if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise ValueError(f"{size}, expected at most {MAX_IMAGE_PIXELS:,}")
+                raise LargeImage(f"{size}, expected at most {MAX_IMAGE_PIXELS:,}")
             if max(image.size) > 200 * min(image.size):
-                raise ValueError(f"{size}, expected an aspect ratio of at most 200")
+                raise LargeImage(f"{size}, expected an aspect ratio of at most 200")
             require_one_film(image)
             # with a name Pillow maps some TIFFs into memory, and garbles them if they are turned
             image.filename = ""
             yield image
     except FileNotFoundError:
-        raise ValueError(f"{file}: no such image{folder_twice_hint(path, root)}") from None
+        raise MissingImage(f"{file}: no such image{folder_twice_hint(path, root)}") from None
+    except (LargeImage, Image.DecompressionBombError) as error:
+        raise LargeImage(f"{file}: not a readable image: {error}") from None
     except Exception as error:  # a broken file can make Pillow raise nearly anything
-        raise ValueError(f"{file}: not a readable image: {error}") from None
+        raise ImageError(f"{file}: not a readable image: {error}") from None
 
 
 def require_one_film(image):
@@ -555,7 +582,7 @@ def require_one_film(image):
 
 
 def require_images(studies, root):
-    """Raises ValueError for the first image that is missing or, as its header shows, no image.
+    """Raises ImageError for the first image that is missing or, as its header shows, no image.
 
     studies  [Study]
     root     the folder of their images
@@ -572,7 +599,7 @@ def load_image(path, root):
     path  as a record gives it
     root  the folder of the images
     Returns a PIL image in RGB. What becomes of each kind of file, docs/data.md says ("Films").
-    Raises ValueError naming the file if it lies outside `root`, cannot be read, has more than
+    Raises ImageError naming the file if it lies outside `root`, cannot be read, has more than
     MAX_IMAGE_PIXELS, has a side 200 times as long as the other one, or holds its picture in a way
     that would be lost.
     """

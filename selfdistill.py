@@ -54,9 +54,6 @@ QUOTES_A_READER = re.compile(
     r"\breaders\b|\breader #?\d|\b(?:the|one|each|another|first|second|third) reader\b"
     r"|\b(?:report|description) #?\d\b(?!\s*[cm]m)", re.IGNORECASE)
 
-# A special token of the student inside its text, as in 'no edema<|im_start|>user'
-CHAT_MARKER = re.compile(r"<\|\w+\|>")
-
 PRESETS = {
     "paper": dict(refusals="keep"),
     "released": dict(refusals="keep"),
@@ -121,7 +118,7 @@ def fault(text, finish, task=None):
         return "unfinished"
     if not text.strip():
         return "empty"
-    if CHAT_MARKER.search(text):
+    if data.CHAT_MARKER.search(text):  # as in 'no edema<|im_start|>user'
         return "holds a chat marker"
     if task is not None and data.is_refusal(text, task):
         return "refuses"

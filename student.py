@@ -461,6 +461,8 @@ def enable_gradient_checkpointing(model):
     model.disable_input_require_grads()
 
 
+# ------------------------------------------------------------------------------- what is saved
+
 def adapter_tensors(model, whole):
     """What an adapter holds, {name in PEFT's file: parameter}.
 

@@ -1,6 +1,7 @@
 """What the two training loops share: plan of a run, schedule, optimiser, micro-step, update.
 
-The loops themselves are written out in both scripts, spd.py and apo.py.
+The loops themselves are written out in both scripts, spd.py and apo.py. What every stage does with
+a study that is too long, or whose image is broken, is here too.
 
 A run is a function of its settings and its step: epochs are permuted from (seed, epoch), dropout is
 seeded from (seed, step, micro-batch, rank), the learning rate is computed from the step. So a run
@@ -26,8 +27,7 @@ from runtime import adapter, ranks
 from runtime.records import atomic, printable
 from runtime.shared import loader, shared_map
 
-# what data.load_image says of an image that cannot be read, and what such a message ends with
-IMAGE_FAULTS = ("no such image", "not a readable image", "lies outside the image folder")
+# what the message of an image that cannot be read ends with
 WAY_ON = ("; mend it and the same command goes on, or begin anew with --resume never "
           "--skip_broken, which leaves out such studies; tools/check.py lists them")
 
@@ -160,7 +160,7 @@ def fault_of(path, root):
     """Why an image cannot be read to its end, or None; takes what data.load_image takes."""
     try:
         data.load_image(path, root)
-    except ValueError as error:
+    except data.ImageError as error:
         return str(error)
     return None
 
@@ -173,11 +173,8 @@ def naming_the_way_on():
     """
     try:
         yield
-    except ValueError as error:
-        message = ranks.message_of(error)
-        if not any(fault in message for fault in IMAGE_FAULTS) or message.endswith(WAY_ON):
-            raise
-        raise ValueError(message + WAY_ON) from None
+    except data.ImageError as error:
+        raise ValueError(ranks.message_of(error) + WAY_ON) from None
 
 
 class Plan:

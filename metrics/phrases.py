@@ -46,6 +46,7 @@ CLAUSE_END = re.compile(
     r"[.;!?](?=\s|$)|[\n|\"{}]|:\s|\s[-–—]+\s|—"
     r"|\b(?:while|whereas|although|though|however)\b", re.IGNORECASE)
 CHUNK_END = re.compile(r",|\b(?=but\b)", re.IGNORECASE)
+JOINS = re.compile(r"\b(?:and|or|nor)\b|[&/]", re.IGNORECASE)
 SUPPOSED = re.compile(r"\bif\b[^,]*", re.IGNORECASE)
 LABEL_END = re.compile(r"\s*[:=]\s*|\s+[-–—]+>?\s+|\s*—\s*|\?\s+")
 MARKS = re.compile(r"^[\W_]*(?:\(?\d{1,2}[.)]\s+)?[\W_]*|[\W_]+$")
@@ -308,11 +309,12 @@ class Phrases:
         """
         findings = self._findings_in(names)
         before, behind = hits.get(True), hits.get(False)
-        if behind and (before or not re.search(r"\b(?:and|or|nor)\b|[&/]", names)):
+        is_list = JOINS.search(names)  # and no mere comma between two statements
+        if behind and (before or not is_list):
             yield findings[-1], behind.value
             findings = findings[:-1]
-        chosen = before or behind
-        if before or re.search(r"\b(?:and|or|nor)\b|[&/]", names):
+        chosen = before or (behind if is_list else None)
+        if chosen:
             yield from ((finding, chosen.value) for finding in findings)
 
 
@@ -397,7 +399,7 @@ def _hit(match, value):
     words = (match.start(), group[0]) if leads else (group[1], match.end())
     said = match.string[slice(*words)]
     # a phrase that is only {finding} comes last of all
-    apart = 1 if re.search(r"\b(?:and|or|nor)\b", said) else 2 if not said else 0
+    apart = 1 if JOINS.search(said) else 2 if not said else 0
     return _Hit(apart, len(match[0].split()), match.start(), words, value, int(match["group"]),
                 leads)
 

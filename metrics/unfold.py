@@ -89,7 +89,8 @@ def _labels(line):
 # -------------------------------------------------------------------------------------------- JSON
 
 def _without_json(text):
-    """The text with its JSON as lines; JSON begins a line or stands behind a colon."""
+    """The text with its JSON as lines: objects anywhere, lists at the beginning of a line or behind
+    a colon."""
     parts, end, failed = [], 0, 0
     for match in _JSON_START.finditer(text):
         if match.start() < end:
@@ -194,8 +195,9 @@ def cells_of(line):
 def _table_lines(rows, names_finding):
     """The lines of a table.
 
-    Where the columns are findings, "finding: cell"; where they are ticked, "finding: column", and a
-    row without a tick, or with several, says nothing; else the rows as they are.
+    Where the columns are findings, "finding: cell"; where they are left and right, "finding: cell
+    on the left, ..."; where they are ticked, "finding: column", and a row without a tick, or with
+    several, says nothing; else the rows as they are.
     """
     head, *body = [cells_of(row) for row in rows if row.strip("|-: \t")] or [[]]
     findings = [cell for cell in head if names_finding(cell)]

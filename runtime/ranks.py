@@ -3,6 +3,7 @@
 import contextlib
 import gc
 import os
+import re
 import resource
 import signal
 import sys
@@ -103,9 +104,9 @@ def ending(error, name):
 
 
 def message_of(error):
-    """An error's message. A ValueError of a loader process has that process's traceback in its
-    text; the message is what comes last in it."""
-    _, _, message = str(error).rpartition("\nValueError: ")
+    """An error's message. An error of a loader process has that process's traceback in its text;
+    the message is what comes last in it."""
+    *_, message = re.split(rf"\n(?:[\w.]+\.)?{type(error).__name__}: ", str(error))
     return message.strip()
 
 

@@ -323,10 +323,10 @@ def test_a_broken_image_names_the_file_and_the_way_on_once():
     def run(message, deeper):
         if deeper:
             return run(message, deeper - 1)
-        raise ValueError(message)
+        raise (data.ImageError if "films" in message else ValueError)(message)
 
     said = "/films/x.png: not a readable image: image file is truncated"
-    in_worker = f"Caught ValueError in DataLoader worker process 0.\nValueError: {said}\n"
+    in_worker = f"Caught ImageError in DataLoader worker process 0.\ndata.ImageError: {said}\n"
     for message, deeper in ((said, 0), (said, 2), (in_worker, 1)):
         with pytest.raises(ValueError) as caught:
             run(message, deeper)

@@ -67,17 +67,6 @@ KINDS = ("json", "field", "label", "trajectory", "duplicate", "image missing", "
          "leak", "length")
 # data.record_faults names the field first in each sentence; any field that is not here is "field"
 FIELDS = {"labels": "label", "trajectories": "trajectory"}
-# what data.load_image says -> the kind, in the order in which it is looked for
-IMAGE_FAULTS = {
-    "no such image": "image missing",
-    "lies outside": "image outside",
-    "pixels, expected": "image too large",
-    "decompression bomb": "image too large"}
-# <|im_end|>, DeepSeek's <｜User｜>, Gemma's <start_of_turn>, Llama 2's [INST] and <<SYS>>, LLaVA's
-# <image>
-CHAT_MARKER = re.compile(
-    r"<[|｜][^\s<>|｜]{1,40}[|｜]>|</?(?:start|begin|end)_of_\w{1,40}>|</?s>"
-    r"|<(?:bos|eos|pad|unk|image)>|\[/?INST\]|<</?SYS>>", re.IGNORECASE)
 # takes for granted what it names, unlike "Is there edema?"
 OPEN_QUESTION = re.compile(r"(\b(?:why|what|how|where)\b[^?.!]*)\?", re.IGNORECASE)
 SENTENCE_END = re.compile(r"[.!?](?=\s)|[。！？\n]")
@@ -206,9 +195,8 @@ class Check:
         for path in study.images:
             try:
                 data.load_image(path, self.args.images)
-            except ValueError as error:
-                kinds = [kind for sign, kind in IMAGE_FAULTS.items() if sign in str(error)]
-                found.append((kinds[0] if kinds else "image unreadable", str(error)))
+            except data.ImageError as error:
+                found.append((error.kind, str(error)))
         return found
 
     def texts(self, study):
@@ -224,7 +212,7 @@ class Check:
             if declines:
                 said = f"declines: {text.strip()[:80]!r}" if text else "only thinks"
                 found.append(("refusal", f"{teacher!r} {said}"))
-            if marker := CHAT_MARKER.search(text):
+            if marker := data.CHAT_MARKER.search(text):
                 found.append(("chat marker", f"{teacher!r} says {marker[0]!r}, expected the answer "
                                              "without marks of a chat template"))
             if repeated := loop(text):

@@ -136,14 +136,14 @@ def test_all_faults_of_a_file_come_at_once_and_are_counted_by_record(films, caps
     "<end_of_utterance>", "[INST]", "[/INST]", "<<SYS>>", "<s>", "</s>", "<bos>", "<eos>", "<pad>",
     "<image>", "<|END_OF_TURN_TOKEN|>"])
 def test_a_chat_templates_own_marks_are_none_of_the_answer(mark):
-    assert check.CHAT_MARKER.search(f"No edema.{mark}\n")[0] == mark
+    assert data.CHAT_MARKER.search(f"No edema.{mark}\n")[0] == mark
 
 
 @pytest.mark.parametrize("text", [
     "A nodule <3 mm> or > 2 cm; |a| < b | c > d.", "| Edema | no |\n|---|---|", "[1] Edema [x]",
     "<b>Edema</b>: <sup>1</sup> no <br/>", "Start of turn; [INSTITUTION] [instead]", "<- left"])
 def test_other_signs_are_no_marks_of_a_chat_template(text):
-    assert not check.CHAT_MARKER.search(text)
+    assert not data.CHAT_MARKER.search(text)
 
 
 def test_marks_around_an_answer_and_its_thinking_are_looked_through(films, capsys):
@@ -198,7 +198,7 @@ def test_long_texts_are_looked_through_for_loops_and_marks_in_linear_time():
                  "<|" * 200_000, "<start_of_" * 50_000, ". " * 200_000, "a b c. " * 80_000):
         begin = time.monotonic()
         check.loop(text)
-        check.CHAT_MARKER.search(text)
+        data.CHAT_MARKER.search(text)
         assert time.monotonic() - begin < 5
 
 
