@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 # every figure here is a CPU's
 os.environ |= {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
@@ -22,6 +23,7 @@ import transformers  # noqa: E402
 
 import data  # noqa: E402
 import student  # noqa: E402
+from faults import Job  # noqa: E402
 from scale_model import base as scale_base  # noqa: E402
 from scale_model import world as scale_world  # noqa: E402
 
@@ -100,20 +102,28 @@ def talker(base, processor, tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def script():
+def script(tmp_path_factory):
     """script("spd.py", "--flag", ..., ranks=2) runs a script as a user would.
 
-    It returns the finished process, with what it printed in .stdout.
+    start: "fork" of a process that has all imported, "python" or "torchrun"; a start takes a
+    moment, or 5 to 10 seconds a process. It returns what it ended with in .returncode and what it
+    printed in .stdout.
     """
-    def run(name, *flags, ranks=1, expect=0):
-        name = ["-m", name] if "." not in name else [str(ROOT / name)]
-        torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone"]
-        start = [sys.executable] if ranks == 1 else [sys.executable, *torchrun]
-        done = subprocess.run(
-            [*start, *name, *map(str, flags)],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
-            timeout=600, check=False)
+    def run(name, *flags, ranks=1, expect=0, start="fork", env=None):
+        if start == "fork":
+            with Job(name, flags, tmp_path_factory.mktemp("script") / "out", ranks) as job:
+                codes = job.wait(600)
+                done = SimpleNamespace(returncode=max(map(abs, codes)), stdout=job.text())
+        else:
+            name = ["-m", name] if "." not in name else [str(ROOT / name)]
+            if start == "torchrun":
+                name = ["-m", "torch.distributed.run", f"--nproc_per_node={ranks}", "--standalone",
+                        *name]
+            done = subprocess.run(
+                [sys.executable, *name, *map(str, flags)],
+                stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+                env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
+                timeout=600, check=False)
         assert done.returncode == expect, done.stdout[-6000:]
         return done
     return run

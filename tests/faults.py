@@ -32,11 +32,11 @@ step-N/ do.
                                          be killed from outside
 """
 
-import importlib
 import math
 import multiprocessing
 import os
 import resource
+import runpy
 import shutil
 import signal
 import socket
@@ -249,13 +249,19 @@ FAULTS = {
 
 
 def run(fault, script, flags):
-    """The stage's main() with the fault in it. fault: NAME or NAME:KEY=VALUE,..."""
+    """A script, or a package as by python -m, with the fault in it.
+
+    fault: NAME or NAME:KEY=VALUE,...
+    """
     name, _, settings = fault.partition(":")
     settings = dict(part.split("=") for part in settings.split(",") if part)
     if int(settings.pop("rank", 0)) == int(os.environ.get("RANK", 0)):
         FAULTS[name](**settings)
     sys.argv = [script, *flags]
-    importlib.import_module(Path(script).stem).main()
+    if script.endswith(".py"):
+        runpy.run_path(str(ROOT / script), run_name="__main__")
+    else:
+        runpy.run_module(script, run_name="__main__", alter_sys=True)
 
 
 # --- ranks that can be killed
@@ -267,15 +273,16 @@ class Job:
     torch imported, so that a start takes a moment instead of seconds. Use it as a context: at its
     end, whatever still lives is killed.
 
-    script  "apo.py", or another stage
-    flags   the stage's flags
+    script  "apo.py" or another script of the project, or "scale_model", as python -m takes it
+    flags   its flags
     output  a file that takes what all ranks print
     ranks   how many processes
     fault   NAME or NAME:KEY=VALUE,..., see the top of this file
     """
 
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["apo", "spd", "selfdistill", "evaluate", "faults"])
+    context.set_forkserver_preload(["apo", "spd", "selfdistill", "evaluate", "experiment.ladder",
+                                    "faults"])
 
     def __init__(self, script, flags, output, ranks=1, fault="none"):
         # for the server's imports
@@ -284,19 +291,19 @@ class Job:
         folder = flags[flags.index("--output_dir") + 1] if "--output_dir" in flags else ""
         self.log = Path(folder) / "log.jsonl"
         self.log_before = self._log_file()
-        self.output, environment = Path(output), {}
+        self.output, environment = Path(output), dict(os.environ)
         self.output.unlink(missing_ok=True)
         if ranks > 1:
             with socket.socket() as probe:
                 probe.bind(("127.0.0.1", 0))
                 port = probe.getsockname()[1]
-            environment = {
+            environment |= {
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
         self.ranks = []
         for rank in range(ranks):
-            own = {**environment, "RANK": str(rank)} if ranks > 1 else {}
+            own = {**environment, "RANK": str(rank)} if ranks > 1 else environment
             self.ranks.append(self.context.Process(
-                target=_rank, args=(own, str(output), fault, script, flags)))
+                target=_rank, args=(own, os.getcwd(), str(output), fault, script, flags)))
         for process in self.ranks:
             process.start()
 
@@ -364,11 +371,13 @@ def children(pid):
             for child in (task / "children").read_text().split()]
 
 
-def _rank(environment, output, fault, script, flags):
+def _rank(environment, folder, output, fault, script, flags):
     os.setsid()
     # what a process that nobody forked would have
     multiprocessing.set_start_method("fork", force=True)
+    os.environ.clear()
     os.environ |= environment
+    os.chdir(folder)
     handle = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(handle, 1)
     os.dup2(handle, 2)

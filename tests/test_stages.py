@@ -6,8 +6,10 @@ import numpy as np
 import pytest
 from faults import Job
 
+from scale_model import world as scale_world
 
-def test_torchrun_walks_learn_compare_critique_measure(script, run_flags, world, tmp_path):
+
+def test_two_ranks_walk_learn_compare_critique_measure(script, run_flags, world, tmp_path):
     inputs = run_flags[:-2]  # without --student
     pi_st, after_apo = tmp_path / "spd" / "student", tmp_path / "apo" / "student"
     script("spd.py", *run_flags, "--replay", world / "replay.jsonl", "--global_batch", 4,
@@ -40,11 +42,17 @@ def test_torchrun_walks_learn_compare_critique_measure(script, run_flags, world,
 SHORT = ["--max_steps", "3", "--save_steps", "2", "--logging_steps", "1"]
 
 
+def begin_demo(folder):
+    """A world of a few films where the scale model would draw its 1,200, which it then takes."""
+    scale_world.make(folder / "world", train=96, validate=0, test=32, replay=64)
+    return folder
+
+
 @pytest.fixture(scope="module")
 def demo(script, tmp_path_factory):
     """(folder, what was printed) of README's first command, made short."""
-    folder = tmp_path_factory.mktemp("demo") / "demo"
-    return folder, script("apo.py", *SHORT, "--output_dir", folder, ranks=2).stdout
+    folder = begin_demo(tmp_path_factory.mktemp("demo") / "demo")
+    return folder, script("apo.py", *SHORT, "--output_dir", folder, ranks=2, start="torchrun").stdout
 
 
 def test_without_data_the_scale_model_is_made_and_the_second_call_finds_it_done(demo, tmp_path):
@@ -61,7 +69,7 @@ def test_without_data_the_scale_model_is_made_and_the_second_call_finds_it_done(
 
 
 def test_the_scale_model_goes_on_after_a_kill_in_any_stage(demo, tmp_path):
-    flags = [*SHORT, "--output_dir", str(tmp_path / "cut")]
+    flags = [*SHORT, "--output_dir", str(begin_demo(tmp_path / "cut"))]
     for fault in ("kill:step=3", "kill_batch:batch=2", "kill:step=3", "none"):
         with Job("apo.py", flags, tmp_path / "out", 2, fault) as job:
             assert job.wait(200) == ([0, 0] if fault == "none" else [-9, 1]), job.text()

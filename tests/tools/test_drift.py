@@ -337,4 +337,4 @@ def test_an_alpha_that_no_permutation_can_reach_is_refused(flags, capsys):
 
 
 def test_it_runs_as_a_script_from_anywhere(script):
-    assert "--order_by" in script("tools/drift.py", "--help").stdout
+    assert "--order_by" in script("tools/drift.py", "--help", start="python").stdout
