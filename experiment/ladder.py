@@ -250,7 +250,9 @@ def run_chains(chain_of, args, options):
     """
     chains = {Path(args.out) / f"{world}-{seed}": (world, seed)
               for world in args.worlds for seed in args.seeds}
-    with multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
+    processes = multiprocessing.get_context("forkserver")
+    processes.set_forkserver_preload(["experiment.ladder"])  # its imports take seconds, once
+    with processes.Pool(args.jobs, maxtasksperchild=1) as pool:
         waiting = {folder: pool.apply_async(run_chain, (chain_of, folder, *chain, options))
                    for folder, chain in chains.items()}
         with tqdm(total=len(chains), desc="worlds and seeds") as bar:

@@ -31,6 +31,22 @@ torch.set_num_threads(1)
 transformers.utils.logging.disable_progress_bar()
 
 
+# Files that take long, the longest first: begun last, one of them would keep a worker busy when all
+# other files are done.
+LONG = ("test_ladder.py", "test_real.py", "test_findings.py", "test_faults.py", "test_fuzz.py",
+        "test_stages.py", "test_distributed.py", "test_drift.py", "test_evaluate_files.py",
+        "test_checkpoint.py", "test_other_domain.py", "test_messages.py", "test_bench.py")
+
+
+def pytest_configure(config):
+    """The files go to the workers in the order of pytest_collection_modifyitems."""
+    config.option.loadscopereorder = False
+
+
+def pytest_collection_modifyitems(items):
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
+
 def write_positives(file, studies):
     """t+ without a sampler: a teacher's text and a word."""
     with open(file, "w") as out:

@@ -26,8 +26,8 @@ step-N/ do.
                                          micro-batch
     error:step=N                         an exception there that nobody foresaw
     full_disk:step=N,bytes=B             no file may grow beyond B bytes inside the save of step N
-                                         ('finish': inside the last writing), by RLIMIT_FSIZE: a
-                                         write then fails as on a full disk
+                                         ('finish': inside the last writing, 'all': from the start),
+                                         by RLIMIT_FSIZE: a write then fails as on a full disk
     hold:step=N                          says "holding" and waits before the optimiser's step N, to
                                          be killed from outside
 """
@@ -227,9 +227,12 @@ PLACES = {
 
 def full_disk(step, bytes):
     # beyond it Python gets EFBIG, since it ignores SIGXFSZ
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    around_save(step, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (int(bytes), limits[1])),
-                lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    fill = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (int(bytes), before[1]))
+    if step == "all":
+        fill()
+    else:
+        around_save(step, fill, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, before))
 
 
 FAULTS = {

@@ -5,12 +5,10 @@ import contextlib
 import errno
 import json
 import resource
-import subprocess
-import sys
 
 import pytest
 import torch
-from conftest import ROOT
+from faults import Job
 
 import training
 from runtime import checkpoint, ranks
@@ -157,26 +155,24 @@ def test_a_file_on_a_full_disk_keeps_what_it_held(tmp_path):
     (1_000_000, "{full}/student could not be written: ")])
 def test_a_run_on_a_full_disk_ends_with_one_line_and_goes_on_when_there_is_room(
         run_flags, base, tmp_path, size, lost):
-    """A stage as a user starts it.
+    """First the trial of a save before the first step finds no room, then the finished student."""
+    flags = [*run_flags, "--train", "lora", "--max_steps", 3, "--save_steps", 2,
+             "--logging_steps", 1]
 
-    First the trial of a save before the first step finds no room, then the finished student.
-    """
-    command = [sys.executable, ROOT / "spd.py", *run_flags, "--train", "lora", "--max_steps", 3,
-               "--save_steps", 2, "--logging_steps", 1]
+    def run(folder, fault="none", expect=0):
+        with Job("spd.py", [*flags, "--output_dir", tmp_path / folder], tmp_path / "out", 1,
+                 fault) as job:
+            assert job.wait(300) == [expect], job.text()
+        return job.text()
 
-    def run(folder, size=None):
-        limit = (lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size))) if size else None
-        return subprocess.run(
-            list(map(str, [*command, "--output_dir", tmp_path / folder])),
-            capture_output=True, text=True, preexec_fn=limit, timeout=300, check=False)
-
-    full = run("full", size)
-    assert full.returncode == 1 and "Traceback" not in full.stderr
-    last = full.stderr.splitlines()[-1]
+    said = run("full", f"full_disk:step=all,bytes={size}", expect=1)
+    assert "Traceback" not in said
+    last = said.splitlines()[-1]
     assert last.startswith("learn: " + lost.format(base=base, full=tmp_path / "full"))
     assert not list((tmp_path / "full").glob(".tmp-*"))
     assert not (tmp_path / "full" / "finished.json").exists()
-    assert run("full").returncode == 0 and run("whole").returncode == 0
+    run("full")
+    run("whole")
     for file in ("log.jsonl", "student/model.safetensors"):
         one, two = (tmp_path / folder / file for folder in ("full", "whole"))
         assert one.read_bytes() == two.read_bytes(), file
