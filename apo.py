@@ -416,11 +416,13 @@ def run(args):
 
 # ----------------------------------------------------------------------------- the closing table
 
-def closing_table(made, preset):
+def closing_table(made, preset, max_pixels):
     """Ends the chain: evaluate's table of both students, the teachers and their vote.
 
-    made    what `run` returned; OUTPUT_DIR/spd is beside its student's folder
-    preset  'demo' is scored on what the students write, since the tiny one was not taught questions
+    made        what `run` returned; OUTPUT_DIR/spd is beside its student's folder
+    preset      'demo' is scored on what the students write, since the tiny one was not taught
+                questions
+    max_pixels  flag of the stages
     It is of another split than training's that has labels; where there is none, one line says how
     to evaluate.
     """
@@ -442,6 +444,8 @@ def closing_table(made, preset):
             "--student", f"SPD, all teachers + APO={after}"]
     if made["task_file"]:
         argv += ["--task_file", made["task_file"]]
+    if max_pixels is not None:
+        argv += ["--max_pixels", max_pixels]
     if preset == "demo":
         ranks.print_once("one seed, not a result; experiment/README.md has five, with all controls")
         argv += ["--mode", "parse", "--bootstrap", 0, "--max_new_tokens", 96, "--batch_size", 50]
@@ -453,7 +457,7 @@ def main():
     with ranks.process_group("critique"):
         made = run(args)
         if (args.base or args.studies is None) and not args.dry_run:
-            closing_table(made, args.preset)
+            closing_table(made, args.preset, args.max_pixels)
 
 
 if __name__ == "__main__":

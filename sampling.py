@@ -144,7 +144,7 @@ class LoadedStudent:
     path            folder or hub id of the student
     task            data.Task
     images          folder that image paths are relative to
-    max_pixels      pixels of an image at most
+    max_pixels      pixels of an image at most, or None, as student.Processor takes it
     bf16            weights in bf16, else in fp32
     seed            of the order of the readers in the prompt
     temperature     0 is greedy
@@ -184,10 +184,12 @@ class ServedStudent:
 
     def __init__(self, server, path, task, images, max_pixels, seed, temperature, top_p,
                  max_new_tokens):
-        self.server, self.task, self.images, self.max_pixels = server, task, images, max_pixels
+        self.server, self.task, self.images = server, task, images
         self.seed, self.temperature, self.top_p = seed, temperature, top_p
         self.max_new_tokens = max_new_tokens
         self.processor = student.Processor(path, task, images, max_pixels) if path else None
+        without = student.MAX_PIXELS if max_pixels is None else max_pixels
+        self.max_pixels = self.processor.max_pixels if path else without
         self.compared, self.lock = False, threading.Lock()
 
     def prompt(self, study):

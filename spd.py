@@ -118,7 +118,7 @@ def usable(studies, replay, folder, args, processor):
         # A token has at least a byte, so most rows need not be tokenised, which takes seconds.
         words = [processor.task.prompts["system"], prompt, *texts]
         size = sum(len(text.encode()) for text in words)
-        if size + len(study.images) * (args.max_pixels // 784 + 2) + 64 <= args.max_tokens:
+        if size + len(study.images) * (processor.max_pixels // 784 + 2) + 64 <= args.max_tokens:
             continue
         tokens, cut = training.row_length(processor, study, prompt, texts, args)
         if tokens > args.max_tokens and not cut:

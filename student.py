@@ -17,6 +17,7 @@ Shapes: B studies, K responses, P prefix tokens, S row length, R response tokens
 V vocabulary.
 """
 
+import copy
 import json
 import math
 import os
@@ -66,6 +67,7 @@ from runtime.records import read_json  # noqa: E402
 # all linear layers of the decoder
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 TRAINABLE = ("lora", "merger", "decoder", "vision")
+MAX_PIXELS = 1024 * 28 * 28  # of an image where no flag says more: 1,024 tokens
 LM_HEAD_CHUNK = 512  # rows of fp32 logits that exist at a time
 # Processor.prefix as a template, for transformers' AutoProcessor and for servers. Qwen's own one
 # puts "You are a helpful assistant." where there is no system message; this one puts nothing.
@@ -181,14 +183,16 @@ class Processor:
                 adapter without them has its base's
     task        data.Task, for its system prompt
     images      folder that image paths are relative to
-    max_pixels  pixels of an image at most; 28 x 28 pixels make one token
+    max_pixels  pixels of an image at most, 28 x 28 make one token; None: 1,024 tokens, or what
+                the folder's image processor allows where that is less
     max_tokens  tokens of a study's packed row at most; in a longer row the ends of the longest
                 responses are cut (training.drop_long finds these studies); None: no bound
-    Raises ValueError where the tokenizer or the image processor cannot be read. The chat format is
-    written here because transformers' AutoProcessor needs torchvision.
+    Raises ValueError where the tokenizer or the image processor cannot be read, and for more pixels
+    than the image processor allows. The chat format is written here because transformers'
+    AutoProcessor needs torchvision.
     """
 
-    def __init__(self, student, task, images=".", max_pixels=1024 * 28 * 28, max_tokens=None):
+    def __init__(self, student, task, images=".", max_pixels=None, max_tokens=None):
         self.task, self.images, self.max_tokens = task, images, max_tokens
         source = adapter.processor_of(student)
         try:
@@ -197,9 +201,14 @@ class Processor:
         except Exception as error:  # a broken file can make them raise nearly anything
             raise ValueError(f"--student {student}: expected the tokenizer and image processor "
                              f"of a Qwen2.5-VL: {error}") from None
-        size = self.image_processor.size
-        self.image_processor.size = {"shortest_edge": size["shortest_edge"],
-                                     "longest_edge": min(size["longest_edge"], max_pixels)}
+        self.saved_size = self.image_processor.size  # its bounds of height x width, in pixels
+        allowed = self.saved_size["longest_edge"]
+        if max_pixels is not None and max_pixels > allowed:
+            raise ValueError(f"--max_pixels {max_pixels}: {source}/preprocessor_config.json allows "
+                             f"{allowed}, expected {allowed} or less")
+        self.max_pixels = min(MAX_PIXELS, allowed) if max_pixels is None else max_pixels
+        self.image_processor.size = {"shortest_edge": self.saved_size["shortest_edge"],
+                                     "longest_edge": self.max_pixels}
         special = self.tokenizer.convert_tokens_to_ids
         self.start, self.end = special("<|im_start|>"), special("<|im_end|>")
         self.vision_start, self.vision_end = special("<|vision_start|>"), special("<|vision_end|>")
@@ -289,7 +298,7 @@ class Processor:
         return len(prefix), [len(self.tokens(text)) + 1 for text in responses if text is not None]
 
 
-def smart_resize(height, width, factor=28, min_pixels=56 * 56, max_pixels=1024 * 28 * 28):
+def smart_resize(height, width, factor=28, min_pixels=56 * 56, max_pixels=MAX_PIXELS):
     """The size at which the student sees an image: multiples of `factor` within the two bounds.
 
     height, width           of the image in pixels
@@ -576,12 +585,15 @@ def save_processor(processor, folder):
     """Writes the files from which AutoProcessor and servers build the prompts that Processor does.
 
     processor  Processor, for its tokenizer and image processor
-    folder     where tokenizer, image processor and chat template are written
+    folder     where tokenizer, image processor and chat template are written; the bounds of an
+               image's size are those that the processor was read with, whatever --max_pixels
     """
     folder = Path(folder)
     processor.tokenizer.chat_template = CHAT_TEMPLATE
     processor.tokenizer.save_pretrained(folder)
-    processor.image_processor.save_pretrained(folder)
+    image_processor = copy.copy(processor.image_processor)
+    image_processor.size = processor.saved_size
+    image_processor.save_pretrained(folder)
     config = read_json(folder / "tokenizer_config.json")
     if "extra_special_tokens" in config:  # transformers 4 fails on the new name of this list
         config["additional_special_tokens"] = config.pop("extra_special_tokens")

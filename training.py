@@ -508,7 +508,9 @@ def finish(folder, model, processor, args, stage):
     if not made.exists():
         base = adapter.base_of(args.student)
         made = f"the adapter in {in_adapter} on {base}; --merge writes student/"
-    ranks.print_once(f"the student after {stage} is {made}")
+    seen = (f", trained with --max_pixels {args.max_pixels}, which later commands need too"
+            if args.max_pixels is not None else "")
+    ranks.print_once(f"the student after {stage} is {made}{seen}")
     if merged:
         report_merge(merged["merge_error"], model.dtype, folder.student, in_adapter)
 

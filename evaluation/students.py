@@ -14,8 +14,9 @@ def add_arguments(parser):
     parser.add_argument("--student", action="append", required=True,
                         help="NAME=FOLDER or FOLDER (or a hub id), of a student or of a LoRA "
                         "adapter on one; may be given several times")
-    parser.add_argument("--max_pixels", type=flags.at_least_one, default=1024 * 28 * 28,
-                        help="pixels per image, 784 a token (default: %(default)s)")
+    parser.add_argument("--max_pixels", type=flags.at_least_one,
+                        help="pixels per image, 784 a token (default: 802816, or what the "
+                        "student's folder allows where that is less)")
     parser.add_argument("--num_workers", type=flags.at_least_zero, default=0,
                         help="processes per rank that load images (default: %(default)s)")
     parser.add_argument("--bf16", action=argparse.BooleanOptionalAction,

@@ -123,8 +123,9 @@ def add_data_arguments(parser):
         "--refusals", choices=("keep", "drop"), default="drop",
         help="trajectories that decline to answer (default: %(default)s)")
     g.add_argument(
-        "--max_pixels", type=at_least_one, default=1024 * 28 * 28,
-        help="pixels per image, 784 make a token (default: %(default)s)")
+        "--max_pixels", type=at_least_one,
+        help="pixels per image, 784 make a token (default: 802816, or what the student's folder "
+             "allows where that is less)")
     g.add_argument(
         "--num_workers", type=at_least_zero, default=4 if torch.cuda.is_available() else 0,
         help="processes per rank that load images (default: 4 on a GPU, else 0)")

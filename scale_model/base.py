@@ -124,9 +124,8 @@ def write_student(folder, file=BASE, sha256=BASE_SHA256):
     (folder / "model.safetensors").write_bytes(serialise(weights, metadata={"format": "pt"}))
     for name, text in texts.items():
         (folder / Path(name).name).write_text(text)
-    # the chat template does not ship, and the files' own bound of an image's size stays
     task = data.make_task(TASK, "the scale model")
-    student.save_processor(student.Processor(folder, task, max_pixels=math.inf), folder)
+    student.save_processor(student.Processor(folder, task), folder)  # its template does not ship
 
 
 # ----------------------------------------------------------------------------- its pre-training

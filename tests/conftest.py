@@ -20,10 +20,10 @@ sys.path[:0] = map(str, [ROOT, ROOT / "tools", TESTS, *(TESTS / name for name in
 import pytest  # noqa: E402
 import torch  # noqa: E402
 import transformers  # noqa: E402
+from faults import Job  # noqa: E402
 
 import data  # noqa: E402
 import student  # noqa: E402
-from faults import Job  # noqa: E402
 from scale_model import base as scale_base  # noqa: E402
 from scale_model import world as scale_world  # noqa: E402
 

@@ -144,7 +144,7 @@ def chain(leaves, tmp_path_factory):
     scale_base.save_student(base, model, processor.tokenizer)
     inputs = ["--studies", leaves / "studies.jsonl", "--task_file", leaves / "task.json",
               "--images", leaves / "pictures", "--base", base, "--preset", "demo", "--max_steps", 3,
-              "--save_steps", 2, "--logging_steps", 1]
+              "--save_steps", 2, "--logging_steps", 1, "--max_pixels", 40 * 28 * 28]
     return lambda folder: [*map(str, [*inputs, "--output_dir", folder])]
 
 
@@ -175,6 +175,8 @@ def test_one_command_walks_all_stages_and_goes_on_after_a_kill_in_each(chain, sc
     expected, results = (
         json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut"))
     assert results["rows"] == expected["rows"]
+    assert results["settings"]["max_pixels"] == 40 * 28 * 28  # of the stages, for the table too
+    assert f"spd/student, trained with --max_pixels {40 * 28 * 28}, which later" in job.text()
 
 
 def test_an_earlier_stage_of_other_settings_is_run_first_by_itself(chain, leaves, tmp_path):

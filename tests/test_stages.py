@@ -52,7 +52,8 @@ def begin_demo(folder):
 def demo(script, tmp_path_factory):
     """(folder, what was printed) of README's first command, made short."""
     folder = begin_demo(tmp_path_factory.mktemp("demo") / "demo")
-    return folder, script("apo.py", *SHORT, "--output_dir", folder, ranks=2, start="torchrun").stdout
+    flags = [*SHORT, "--output_dir", folder]
+    return folder, script("apo.py", *flags, ranks=2, start="torchrun").stdout
 
 
 def test_without_data_the_scale_model_is_made_and_the_second_call_finds_it_done(demo, tmp_path):

@@ -389,3 +389,41 @@ def test_saved_weights_have_the_permissions_of_any_file(base, processor, tmp_pat
     assert len(weights) == 4
     modes = {file.name: file.stat().st_mode & 0o777 for file in weights}
     assert modes == dict.fromkeys(modes, 0o666 & ~umask)
+
+
+# ------------------------------------------------------------------------ the size of its images
+
+def bound_of(folder):
+    """What preprocessor_config.json of a folder allows, in pixels."""
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    return config["size"]["longest_edge"]
+
+
+@pytest.fixture
+def bounded(base, tmp_path):
+    """A copy of the student whose image processor allows 200 tokens an image."""
+    folder = tmp_path / "bounded"
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    config["size"]["longest_edge"] = config["max_pixels"] = 200 * 784
+    (folder / "preprocessor_config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_more_pixels_than_the_folder_allows_are_refused_and_none_given_are_as_many(
+        bounded, base, task):
+    assert student.Processor(base, task).max_pixels == student.MAX_PIXELS < bound_of(base)
+    assert student.Processor(bounded, task).max_pixels == 200 * 784
+    assert student.Processor(bounded, task, max_pixels=200 * 784).max_pixels == 200 * 784
+    with pytest.raises(ValueError, match=re.escape(
+            f"--max_pixels {200 * 784 + 1}: {bounded}/preprocessor_config.json allows {200 * 784}, "
+            f"expected {200 * 784} or less")):
+        student.Processor(bounded, task, max_pixels=200 * 784 + 1)
+
+
+@pytest.mark.parametrize("max_pixels", [None, 30 * 784])
+def test_a_saved_processor_keeps_the_bound_of_its_base(bounded, task, tmp_path, max_pixels):
+    processor = student.Processor(bounded, task, max_pixels=max_pixels)
+    student.save_processor(processor, tmp_path)
+    assert bound_of(tmp_path) == 200 * 784
+    assert processor.image_processor.size["longest_edge"] == processor.max_pixels

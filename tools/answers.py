@@ -48,8 +48,9 @@ def parse(argv=None):
         "--output", required=True,
         help="file to write")
     parser.add_argument(
-        "--max_pixels", type=flags.at_least_one, default=1024 * 28 * 28,
-        help="pixels per image, 784 a token (default: %(default)s)")
+        "--max_pixels", type=flags.at_least_one,
+        help="pixels per image, 784 a token (default: 802816, or what the student's folder allows "
+             "where that is less)")
     parser.add_argument(
         "--max_new_tokens", type=flags.at_least_one, default=1024,
         help="tokens of an answer (default: %(default)s)")

@@ -493,8 +493,9 @@ def parse(argv=None):
         "--max_tokens", type=int, default=8192,
         help="tokens of a study: image, prompt and trajectories (default: %(default)s)")
     parser.add_argument(
-        "--max_pixels", type=int, default=1024 * 28 * 28,
-        help="pixels per image, 784 make a token (default: %(default)s)")
+        "--max_pixels", type=int,
+        help="pixels per image, 784 make a token (default: 802816, or what the student's folder "
+             "allows where that is less)")
     parser.add_argument(
         "--prompt", choices=("student", "teacher"), default="student",
         help="the student's prompt; teacher: Appendix B's, a leak")

@@ -537,8 +537,9 @@ def add_student_arguments(parser):
         "--prompt", choices=("student", "teacher"), default="student",
         help="teacher: Appendix B's, which names the diagnosis")
     g.add_argument(
-        "--max_pixels", type=flags.at_least_one, default=1024 * 28 * 28,
-        help="pixels per image, 784 make a token (default: %(default)s)")
+        "--max_pixels", type=flags.at_least_one,
+        help="pixels per image, 784 make a token (default: 802816, or what the student's folder "
+             "allows where that is less)")
     g.add_argument(
         "--max_tokens", type=flags.at_least_one, default=8192,
         help="tokens of a study; longer responses lose their ends (default: %(default)s)")
