@@ -39,11 +39,18 @@ PRESETS = {
     "paper": dict(train="lora", lora_r=8, lora_alpha=32, lora_dropout=0.1, learning_rate=1e-4,
                   warmup_steps=20, global_batch=4, refusals="keep"),
     "released": dict(train="lora", lora_r=8, lora_alpha=32, lora_dropout=0.05, learning_rate=1e-4,
-                     warmup_steps=20, global_batch=4, refusals="keep"),
+                     warmup_ratio=0.05, global_batch=4, max_length=2304, max_tokens=7 * 2304,
+                     refusals="keep"),
     "demo": dict(train="decoder,merger", learning_rate=2e-3, warmup_steps=20, num_epochs=5,
                  global_batch=16, micro_batch=0, trajectories_per_study=4, replay_rows=3,
                  gradient_checkpointing=False),
 }
+
+RELEASED = """\
+released follows the authors' script: 5% of the steps are warm-up, and a sequence of image, prompt
+and one trajectory is cut at 2,304 tokens. Its 32 trajectories a step are 4 studies of seven
+teachers here, 28: 5 would be 35, which 4 GPUs do not divide. With one teacher they are
+--global_batch 32. --max_tokens is seven such sequences, so that it leaves out no study."""
 
 
 def parse(argv=None):
@@ -58,7 +65,7 @@ def parse(argv=None):
                    help="of its studies per step (default: %(default)s)")
     g.add_argument("--replay_weight", type=flags.zero_or_more, default=0.5,
                    help="of their loss (default: %(default)s)")
-    return flags.parse(parser, PRESETS, argv)
+    return flags.parse(parser, PRESETS, argv, RELEASED)
 
 
 def choose_teachers(study, names, count, seed, epoch):
@@ -105,7 +112,8 @@ def usable(studies, replay, folder, args, processor):
     """The studies, and those of --replay, without those that --skip_broken leaves out.
 
     Raises ValueError where fewer than --replay_rows are left of --replay, where a film of one of
-    them is missing, or where one is longer than --max_tokens and may not be cut.
+    them is missing, or where one is longer than --max_length, or than --max_tokens and may not be
+    cut.
     """
     studies, replay = training.drop_broken(folder, args, studies, replay)
     if replay and len(replay) < args.replay_rows:
@@ -118,12 +126,19 @@ def usable(studies, replay, folder, args, processor):
         # A token has at least a byte, so most rows need not be tokenised, which takes seconds.
         words = [processor.task.prompts["system"], prompt, *texts]
         size = sum(len(text.encode()) for text in words)
-        if size + len(study.images) * (processor.max_pixels // 784 + 2) + 64 <= args.max_tokens:
+        most = min(args.max_tokens, args.max_length or args.max_tokens)
+        if size + len(study.images) * (processor.max_pixels // 784 + 2) + 64 <= most:
             continue
-        tokens, cut = training.row_length(processor, study, prompt, texts, args)
-        if tokens > args.max_tokens and not cut:
-            raise ValueError(f"{args.replay}: {study.id!r} takes {tokens} tokens, expected at most "
-                             f"--max_tokens {args.max_tokens}")
+        prefix, lengths = processor.lengths(study, prompt, texts)
+        tokens = prefix + sum(lengths)
+        if args.max_length and tokens > args.max_length:  # what is replayed is learnt to its end
+            bound = f"--max_length {args.max_length}"
+        elif training.fitted(prefix, lengths, args) is None:
+            bound = f"--max_tokens {args.max_tokens}"
+        else:
+            continue
+        raise ValueError(f"{args.replay}: {study.id!r} takes {tokens} tokens, expected at most "
+                         f"{bound}")
     return studies, replay
 
 
@@ -193,9 +208,10 @@ def run(args):
             texts = [study.trajectories[name] if name in drawn else None for name in names]
             return processor(study, prompt(study), texts)
 
-        seconds = training.warm_up(packed, plan, encode, model)
+        training.warm_up(packed, plan, encode, model)
         if args.dry_run:
-            return training.report_dry_run(plan, model, parameters, optimizer, seconds, 10_686)
+            return training.report_dry_run(
+                plan, model, packed, encode, parameters, optimizer, 10_686)
         keys = ("loss", "replay_loss", "tokens", *(f"loss/{name}" for name in names))
         start, log = folder.resume(parameters, optimizer, keys, device)
         for step, batches in training.steps(plan, start, encode, model, log, args, "learn"):

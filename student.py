@@ -187,13 +187,17 @@ class Processor:
                 the folder's image processor allows where that is less
     max_tokens  tokens of a study's packed row at most; in a longer row the ends of the longest
                 responses are cut (training.drop_long finds these studies); None: no bound
+    max_length  tokens of image, prompt and one response at most; in a longer sequence the end of
+                that response is cut; None: no bound
     Raises ValueError where the tokenizer or the image processor cannot be read, and for more pixels
     than the image processor allows. The chat format is written here because transformers'
     AutoProcessor needs torchvision.
     """
 
-    def __init__(self, student, task, images=".", max_pixels=None, max_tokens=None):
-        self.task, self.images, self.max_tokens = task, images, max_tokens
+    def __init__(self, student, task, images=".", max_pixels=None, max_tokens=None,
+                 max_length=None):
+        self.task, self.images = task, images
+        self.max_tokens, self.max_length = max_tokens, max_length
         source = adapter.processor_of(student)
         try:
             self.tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
@@ -270,10 +274,9 @@ class Processor:
         pixel_values, image_grid_thw = self.pixels(study)
         prefix = self.prefix(prompt, image_grid_thw)
         responses = [None if text is None else self.response(text) for text in responses]
-        if self.max_tokens:
-            lengths = [len(r) for r in responses if r is not None]
-            kept = iter(shorten_longest(lengths, self.max_tokens - len(prefix)))
-            responses = [None if r is None else r[:next(kept)] for r in responses]
+        lengths = [len(r) for r in responses if r is not None]
+        kept = iter(cut_lengths(len(prefix), lengths, self.max_length, self.max_tokens))
+        responses = [None if r is None else r[:next(kept)] for r in responses]
         return {"id": study.id, "prefix_ids": prefix, "pixel_values": pixel_values,
                 "image_grid_thw": image_grid_thw, "responses": responses}
 
@@ -307,6 +310,20 @@ def smart_resize(height, width, factor=28, min_pixels=56 * 56, max_pixels=MAX_PI
     Returns (height, width) in pixels.
     """
     return qwen2_vl.smart_resize(height, width, factor, min_pixels, max_pixels)
+
+
+def cut_lengths(prefix, lengths, max_length, max_tokens):
+    """How many tokens each response of a study keeps within Processor's two bounds.
+
+    prefix      tokens of image and prompt
+    lengths     [tokens of each response]
+    max_length  of `prefix` and one response; None: no bound
+    max_tokens  of `prefix` and all that the first bound leaves; None: no bound
+    Returns [tokens], in the order of `lengths`.
+    """
+    if max_length:
+        lengths = [min(length, max_length - prefix) for length in lengths]
+    return shorten_longest(lengths, max_tokens - prefix) if max_tokens else lengths
 
 
 def shorten_longest(lengths, budget):

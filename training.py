@@ -50,7 +50,8 @@ def schedule(step, total_steps, peak, minimum, warmup_steps):
 
 def open_processor(args, task):
     """The student.Processor of a stage's flags. task: data.Task."""
-    return student.Processor(args.student, task, args.images, args.max_pixels, args.max_tokens)
+    return student.Processor(args.student, task, args.images, args.max_pixels, args.max_tokens,
+                             args.max_length)
 
 
 def open_student(args, processor, folder, device):
@@ -80,48 +81,52 @@ def open_student(args, processor, folder, device):
 
 
 def drop_long(processor, studies, prompt, responses, args, folder):
-    """Leaves out the studies whose packed row would be longer than --max_tokens.
+    """Leaves out the studies that are too long, and counts the responses that are cut.
 
     processor         student.Processor
     studies           [data.Study]
     prompt(study)     text of l
     responses(study)  the texts of its responses, None where a teacher is absent
-    args              the flags: max_tokens, of image, prompt and responses together; truncate,
-                      which keeps such a study and lets the processor cut its responses, unless
-                      image and prompt leave them no room
-    folder            RunFolder, whose too_long.jsonl lists these studies: {"id", "tokens", "cut"}
+    args              the flags, as `fitted` takes them
+    folder            RunFolder, whose too_long.jsonl lists these studies: {"id", "tokens" of the
+                      packed row before any cut, "cut": how many responses are; 0: left out}
     Returns (studies to use, [packed length of each in tokens]).
     """
-    max_tokens = args.max_tokens
     kept, tokens, long = [], [], []
     for study in tqdm(studies, desc="lengths", disable=ranks.rank() > 0):
-        total, cut = row_length(processor, study, prompt(study), responses(study), args)
-        if total > max_tokens:
-            long.append({"id": study.id, "tokens": total, "cut": cut})
-        if total <= max_tokens or cut:
+        prefix, lengths = processor.lengths(study, prompt(study), responses(study))
+        fit = fitted(prefix, lengths, args)
+        if fit != lengths:
+            cut = sum(new < old for new, old in zip(fit or (), lengths))
+            long.append({"id": study.id, "tokens": prefix + sum(lengths), "cut": cut})
+        if fit is not None:
             kept.append(study)
-            tokens.append(min(total, max_tokens))
+            tokens.append(prefix + sum(fit))
     if long:
-        cut = sum(study["cut"] for study in long)
-        ranks.print_once(f"{len(long)} studies exceed --max_tokens {max_tokens}: {cut} are cut, "
-                         f"{len(long) - cut} left out; see too_long.jsonl")
+        cut = [study["cut"] for study in long if study["cut"]]
+        or_length = f" or --max_length {args.max_length}" if args.max_length else ""
+        ranks.print_once(f"{len(long)} studies exceed --max_tokens {args.max_tokens}{or_length}: "
+                         f"{sum(cut)} responses of {len(cut)} of them are cut, "
+                         f"{len(long) - len(cut)} left out; see too_long.jsonl")
         folder.write_lines("too_long.jsonl", long)
     return kept, tokens
 
 
-def row_length(processor, study, prompt, responses, args):
-    """The length of a study's packed row, and whether its responses may be cut.
+def fitted(prefix, lengths, args):
+    """How many tokens each response of a study keeps.
 
-    processor  student.Processor
-    study      data.Study
-    prompt     text of l
-    responses  texts, None where a teacher is absent
-    args       the flags: max_tokens, truncate
-    Returns (tokens, whether --truncate is given and leaves each response 16 tokens).
+    prefix   tokens of image and prompt
+    lengths  [tokens of each response]
+    args     the flags: max_length, of image, prompt and one response, beyond which that response
+             is cut; max_tokens, of image, prompt and all responses; truncate, which cuts the
+             longest responses beyond max_tokens
+    Returns [tokens], or None where the study is left out: it is beyond max_tokens without truncate,
+    or a response that is cut would keep less than 16 tokens.
     """
-    prefix, lengths = processor.lengths(study, prompt, responses)
-    room = args.max_tokens - prefix >= 16 * len(lengths)
-    return prefix + sum(lengths), args.truncate and room
+    max_tokens = args.max_tokens if args.truncate else None
+    fit = student.cut_lengths(prefix, lengths, args.max_length, max_tokens)
+    room = all(new >= min(old, 16) for new, old in zip(fit, lengths))
+    return fit if room and prefix + sum(fit) <= args.max_tokens else None
 
 
 def drop_broken(folder, args, *lists):
@@ -188,6 +193,7 @@ class Plan:
                  max_steps      steps at most; None: no limit
                  seed           of the epochs' permutations
                  learning_rate, min_learning_rate, warmup_steps  as `schedule` takes them
+                 warmup_ratio   warm-up as a share of the steps, where there are no warmup_steps
     A step takes the next `global_batch` studies of its epoch's permutation, an equal share on each
     rank; the studies that are left over at the end of an epoch are not used in it. Raises
     ValueError where the numbers do not divide.
@@ -239,8 +245,9 @@ class Plan:
 
     def learning_rate(self, step):
         """The learning rate of a step."""
-        return schedule(step, self.steps, self.args.learning_rate, self.args.min_learning_rate,
-                        self.args.warmup_steps)
+        args = self.args
+        warmup_steps = args.warmup_steps or math.ceil(args.warmup_ratio * self.steps)
+        return schedule(step, self.steps, args.learning_rate, args.min_learning_rate, warmup_steps)
 
     def due(self, done, every):
         """Whether what happens after `every` steps happens after `done`; the end always counts."""
@@ -352,6 +359,11 @@ def report_non_finite(loss, batch):
 
 # -------------------------------------------------------------------------------- the optimiser
 
+# Elements of a weight that are updated at a time: of Qwen's embedding, which has 545 million, the
+# fp32 gradient and AdamW's temporaries would else take 4 to 6 GiB.
+SLICE = 2**24
+
+
 class MasterAdamW(torch.optim.AdamW):
     """AdamW that updates in fp32: a bf16 weight has a master copy in the optimiser's state.
 
@@ -363,7 +375,7 @@ class MasterAdamW(torch.optim.AdamW):
     def step(self, closure=None):
         for group in self.param_groups:
             beta1, beta2 = group["betas"]
-            for p in group["params"]:  # one at a time, so that one fp32 gradient exists at a time
+            for p in group["params"]:  # and slice by slice, so that few fp32 gradients exist
                 if p.grad is None:
                     continue
                 state = self.state[p]
@@ -374,13 +386,21 @@ class MasterAdamW(torch.optim.AdamW):
                     if p.dtype != torch.float32:
                         state["master"] = p.float()
                 master = state.get("master", p)
-                adamw(
-                    [master], [p.grad.float()], [state["exp_avg"]], [state["exp_avg_sq"]], [],
-                    [state["step"]],
-                    amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
-                    weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
-                if master is not p:
-                    p.copy_(master)
+                whole = p, master, p.grad, state["exp_avg"], state["exp_avg_sq"]
+                for weight, updated, grad, exp_avg, exp_avg_sq in zip(*map(slices, whole)):
+                    adamw(
+                        [updated], [grad.float()], [exp_avg], [exp_avg_sq], [],
+                        [state["step"].clone()],  # which adamw advances, once for each slice
+                        amsgrad=False, beta1=beta1, beta2=beta2, lr=group["lr"],
+                        weight_decay=group["weight_decay"], eps=group["eps"], maximize=False)
+                    if master is not p:
+                        weight.copy_(updated)
+                state["step"] += 1
+
+
+def slices(tensor):
+    """Views (n,) of a contiguous tensor, n at most SLICE, which together are all of it."""
+    return tensor.view(-1).split(SLICE)
 
 
 def make_optimizer(parameters, args, shard):
@@ -425,33 +445,33 @@ def update(parameters, optimizer, learning_rate, max_grad_norm):
 
 # ---------------------------------------------------------------- the end of a dry run, of a run
 
-def report_dry_run(plan, model, parameters, optimizer, seconds, paper_steps):
+def report_dry_run(plan, model, packed, encode, parameters, optimizer, paper_steps):
     """Prints what --dry_run found: the batch arithmetic, tokens, memory, and the time of a step.
 
     plan         Plan
     model        the student
+    packed       what `wrap` returns, which `warm_up` has called: there are gradients, of 0
+    encode(epoch, index)  returns an example as student.Processor does
     parameters   {name: parameter} of what trains
     optimizer    what `make_optimizer` returns
-    seconds      of a pass over the longest micro-batch, from `warm_up`
     paper_steps  steps of the paper's run
-    A step with gradients of 0 is taken here: the optimiser then makes its state, so that the peak
-    of memory is that of training.
+    A step with gradients of 0 is taken here, in which the optimiser makes its state, and then the
+    longest micro-batch passes beside that state, so that the peak of memory is that of training.
     """
     began = time.perf_counter()
     update(parameters, optimizer, 0.0, 1.0)
-    seconds = plan.accumulation * seconds + time.perf_counter() - began
+    seconds = time.perf_counter() - began
+    seconds += plan.accumulation * warm_up(packed, plan, encode, model)
     hours = plan.steps * seconds / 3600
-    peak = ranks.peak_gib(model.device)
+    peak = max(ranks.gather(ranks.peak_gib(model.device)))
 
     tokens = sorted(plan.lengths)
     mean, most = sum(tokens) / len(tokens), tokens[int(0.95 * (len(tokens) - 1))]
 
-    trained, everything = list(parameters.values()), list(model.parameters())
-    trained_count, count = (sum(p.numel() for p in some) for some in (trained, everything))
-    local = getattr(optimizer, "optim", optimizer)  # of a sharded one the part of this rank
-    weights, gradients = gib(everything), gib(trained)
-    states = gib(value for state in local.state.values() for value in state.values() if value.ndim)
-    total = weights + gradients + states
+    trained = list(parameters.values())
+    trained_count, count = (sum(p.numel() for p in some) for some in (trained, model.parameters()))
+    weights, gradients, states, temporaries = memory(model, trained, optimizer)
+    total = weights + gradients + states + temporaries
     masters = " and fp32 masters" if any(p.dtype != torch.float32 for p in trained) else ""
 
     ranks.print_once("\n".join([
@@ -460,9 +480,27 @@ def report_dry_run(plan, model, parameters, optimizer, seconds, paper_steps):
         f"tokens per study: mean {mean:.0f}, 95% {most}, longest {tokens[-1]}",
         f"trains {trained_count:,} of {count:,} parameters",
         f"GiB per GPU: weights {weights:.2f}, gradients {gradients:.2f}, moments{masters} "
-        f"{states:.2f}, in all {total:.2f} before activations",
+        f"{states:.2f}, the update's temporaries {temporaries:.2f}, in all {total:.2f} before "
+        "activations",
         f"one step of the longest studies: {seconds:.1f} s, so all {plan.steps:,} take "
         f"{hours:.1f} hours or less; peak memory {peak:.2f} GiB"]))
+
+
+def memory(model, trained, optimizer):
+    """What a GPU holds at most during an update, in GiB.
+
+    model      the student
+    trained    its parameters that train
+    optimizer  what `make_optimizer` returns, which has taken a step
+    Returns (weights; gradients, which are DDP's buckets too; moments and masters of the rank that
+    has most of them; temporaries of the largest slice). Clipping and ZeRO-1's broadcast take none.
+    """
+    local = getattr(optimizer, "optim", optimizer)  # of a sharded one the part of this rank
+    states = gib(value for state in local.state.values() for value in state.values() if value.ndim)
+    # AdamW has two of fp32 at a time, on a GPU one; a bf16 gradient becomes a third one
+    temporaries = max(
+        (2 if p.dtype == torch.float32 else 3) * 4 * min(p.numel(), SLICE) for p in trained)
+    return gib(model.parameters()), gib(trained), max(ranks.gather(states)), temporaries / 2**30
 
 
 def gib(tensors):

@@ -189,6 +189,10 @@ def add_optimisation_arguments(parser):
     g.add_argument(
         "--warmup_steps", type=at_least_zero, default=0,
         help="linear warm-up (default: %(default)s)")
+    g.add_argument(
+        "--warmup_ratio", type=zero_to_one, default=0.0,
+        help="warm-up as a share of all steps, rounded up, in the place of --warmup_steps "
+             "(default: %(default)s)")
     g.add_argument("--adam_beta1", type=below_one, default=0.9, help="default: %(default)s")
     g.add_argument("--adam_beta2", type=below_one, default=0.98, help="default: %(default)s")
     g.add_argument(
@@ -203,6 +207,10 @@ def add_optimisation_arguments(parser):
     g.add_argument(
         "--prompt", choices=("student", "teacher"), default="student",
         help="teacher: Appendix B's, which names the diagnosis")
+    g.add_argument(
+        "--max_length", type=at_least_one,
+        help="tokens of a sequence: image, prompt and one response, whose end is cut beyond it "
+             "(default: no bound)")
     g.add_argument(
         "--max_tokens", type=at_least_one, default=8192,
         help="tokens of a study: image, prompt and responses (default: %(default)s)")
@@ -239,12 +247,13 @@ def add_run_arguments(parser):
         help="write student/ with LoRA merged, beside adapter/")
 
 
-def parse(parser, presets, argv=None):
+def parse(parser, presets, argv=None, note=""):
     """Parses a stage's flags. What argv gives overrides the preset, which overrides the defaults.
 
     parser   of the stage
     presets  {name: {flag: value}}
     argv     list of words; None: the command line
+    note     what --help says below the list of presets
     Returns the flags. Exits with status 2 for flags that do not go together.
     """
     parser.add_argument(
@@ -255,7 +264,7 @@ def parse(parser, presets, argv=None):
     for name, preset in presets.items():
         settings = ", ".join(f"{flag}={value}" for flag, value in preset.items())
         listed += f"\n  {name:8}  {settings}"
-    parser.epilog = listed
+    parser.epilog = f"{listed}\n\n{note}"
     # The preset is read first, so that --help shows it as the defaults.
     early = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     early.add_argument("--preset")
@@ -294,6 +303,10 @@ def refuse_combinations(args, parser):
     if hasattr(args, "train") and args.min_learning_rate > args.learning_rate:
         parser.error(f"--min_learning_rate {args.min_learning_rate:g}: expected at most "
                      f"--learning_rate {args.learning_rate:g}, where the cosine begins")
+    if hasattr(args, "train") and args.warmup_steps and args.warmup_ratio:
+        parser.error(f"--warmup_steps {args.warmup_steps} with --warmup_ratio "
+                     f"{args.warmup_ratio:g}: expected one of them, and 0 for the other where "
+                     f"--preset {args.preset} sets it")
     if args.base and getattr(args, "dry_run", False) and hasattr(args, "beta"):
         parser.error("--dry_run with --base: this stage needs what the others make; expected "
                      "spd.py --dry_run, or --student and --positives")

@@ -417,9 +417,9 @@ def test_the_closing_table_of_a_chain_without_merging_is_of_the_adapter(
     monkeypatch.setattr(evaluate, "run", lambda args: asked.append(args.student[-1]))
     made = {"student": tmp_path / "apo" / "student", "studies": world / "studies.jsonl",
             "images": world, "task_file": world / "task.json"}
-    apo.closing_table(made, "paper")
+    apo.closing_table(made, "paper", None)
     made["student"].mkdir(parents=True)
-    apo.closing_table(made, "paper")
+    apo.closing_table(made, "paper", None)
     assert [student.partition("=")[2] for student in asked] == [
         f"{tmp_path}/apo/adapter", f"{tmp_path}/apo/student"]
 

@@ -176,7 +176,7 @@ def test_one_command_walks_all_stages_and_goes_on_after_a_kill_in_each(chain, sc
         json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut"))
     assert results["rows"] == expected["rows"]
     assert results["settings"]["max_pixels"] == 40 * 28 * 28  # of the stages, for the table too
-    assert f"spd/student, trained with --max_pixels {40 * 28 * 28}, which later" in job.text()
+    assert f"spd/student, trained with --max_pixels {40 * 28 * 28}, which later" in out
 
 
 def test_an_earlier_stage_of_other_settings_is_run_first_by_itself(chain, leaves, tmp_path):

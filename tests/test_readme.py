@@ -112,6 +112,8 @@ def test_every_flag_that_is_written_exists_and_every_flag_of_a_stage_has_a_help_
         "--user", "--ask-password", "--cut-dirs", "--files-from",
         # vLLM
         "--served-model-name", "--generation-config", "--max-model-len", "--limit-mm-per-prompt",
+        "--dtype", "--max-num-batched-tokens", "--no-enable-chunked-prefill", "--enable-lora",
+        "--lora-modules", "--chat-template", "--model",
     }
     for page, text in PAGES.items():
         written = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", text))

@@ -200,7 +200,7 @@ def test_the_key_changes_with_everything_the_reference_depends_on(
         base, world, task, studies, tmp_path):
     args = argparse.Namespace(
         images=str(world), student=str(base), prompt="student", max_pixels=784, max_tokens=100,
-        bf16=False)
+        max_length=None, bf16=False)
     names = data.teacher_names(studies)
 
     def key(**changes):
@@ -209,8 +209,8 @@ def test_the_key_changes_with_everything_the_reference_depends_on(
 
     keys = {
         key(), key(max_pixels=1568), key(max_tokens=99), key(bf16=True), key(prompt="teacher"),
-        key(student="another/checkpoint")}
-    assert len(keys) == 6 and key() in keys
+        key(student="another/checkpoint"), key(max_length=50)}
+    assert len(keys) == 7 and key() in keys
     text = studies[0].trajectories["gpt-5"]
     studies[0].trajectories["gpt-5"] = text + "."
     assert key() not in keys
@@ -261,4 +261,5 @@ def test_a_dry_run_prints_the_plan_and_leaves_nothing(script, run_flags, positiv
         assert "24 studies, 6 steps of 4 = 1 ranks x 4 micro-batches x 1 studies" in out
         assert "the paper's: 1" in out and "tokens per study" in out and "GiB per GPU" in out
         assert "one step of the longest studies: " in out and "so all 6 take " in out
+        assert ", the update's temporaries 0.00, in all " in out
     assert not (tmp_path / "nothing").exists()

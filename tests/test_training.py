@@ -2,11 +2,16 @@
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import transformers
+from conftest import ROOT
+from torch.testing._internal.distributed.fake_pg import FakeStore
 
 import apo
 import data
@@ -14,7 +19,7 @@ import selfdistill
 import spd
 import student
 import training
-from runtime import ranks
+from runtime import checkpoint, ranks
 
 
 def test_the_schedule_warms_up_linearly_and_falls_as_a_cosine():
@@ -80,7 +85,7 @@ def test_something_is_due_every_so_many_steps_and_at_the_end():
     assert [plan.due(done, 3) for done in range(1, 5)] == [False, False, True, True]
 
 
-def a_fit(processor, studies, task, limit, truncate):
+def a_fit(processor, studies, task, limit, truncate=False, max_length=None):
     """drop_long on a folder that keeps what is written there -> (kept, tokens, too_long)."""
     class Folder:
         long = []
@@ -89,7 +94,8 @@ def a_fit(processor, studies, task, limit, truncate):
             assert name == "too_long.jsonl"
             self.long = records
 
-    folder, args = Folder(), argparse.Namespace(max_tokens=limit, truncate=truncate)
+    folder, args = Folder(), argparse.Namespace(
+        max_tokens=limit, truncate=truncate, max_length=max_length)
     prompt = lambda study: data.student_prompt(study, task)
     texts = lambda study: study.trajectories.values()
     return *training.drop_long(processor, studies, prompt, texts, args, folder), folder.long
@@ -105,9 +111,10 @@ def test_a_study_that_does_not_fit_is_reported_left_out_or_cut(base, task, world
     kept, tokens, long = a_fit(processor, studies, task, limit, truncate=False)
     assert [s.id for s in kept] == [s.id for s, n in zip(studies, sizes) if n <= limit]
     assert tokens == [n for n in sizes if n <= limit]
-    assert [(row["id"], row["tokens"], row["cut"]) for row in long] == [
-        (s.id, n, False) for s, n in zip(studies, sizes) if n > limit]
-    counts = f"{len(long)} studies exceed --max_tokens {limit}: 0 are cut, {len(long)} left out"
+    assert long == [{"id": s.id, "tokens": n, "cut": 0}
+                    for s, n in zip(studies, sizes) if n > limit]
+    counts = (f"{len(long)} studies exceed --max_tokens {limit}: 0 responses of 0 of them are cut, "
+              f"{len(long)} left out; see too_long.jsonl")
     assert counts in capsys.readouterr().out
 
     kept, tokens, long = a_fit(processor, studies, task, limit, truncate=True)
@@ -125,7 +132,73 @@ def test_a_study_that_does_not_fit_is_reported_left_out_or_cut(base, task, world
 
 def test_no_room_beside_the_image_is_no_study(processor, studies, task):
     kept, _, long = a_fit(processor, studies[:1], task, 30, truncate=True)
-    assert kept == [] and long[0]["cut"] is False
+    assert kept == [] and long[0]["cut"] == 0
+
+
+def test_a_sequence_beyond_max_length_loses_its_end_and_is_counted(
+        base, task, world, studies, capsys):
+    """As in the authors' scripts: image, prompt and one response, cut for itself."""
+    texts = lambda study: list(study.trajectories.values())
+    prompt = lambda study: data.student_prompt(study, task)
+    whole = student.Processor(base, task, world)
+    sizes = {s.id: whole.lengths(s, prompt(s), texts(s)) for s in studies}
+    longest = sorted(max(lengths) + prefix for prefix, lengths in sizes.values())
+    limit = longest[len(longest) // 2]
+    kept, tokens, long = a_fit(whole, studies, task, 8192, max_length=limit)
+    beyond = {id: sum(n + prefix > limit for n in lengths) for id, (prefix, lengths)
+              in sizes.items()}
+    beyond = {id: count for id, count in beyond.items() if count}
+    assert kept == studies and 0 < len(beyond) < len(studies)
+    assert long == [{"id": id, "tokens": sizes[id][0] + sum(sizes[id][1]), "cut": count}
+                    for id, count in beyond.items()]
+    assert (f"{len(beyond)} studies exceed --max_tokens 8192 or --max_length {limit}: "
+            f"{sum(beyond.values())} responses of {len(beyond)} of them are cut, 0 left out; see "
+            "too_long.jsonl") in capsys.readouterr().out
+
+    cutter = student.Processor(base, task, world, max_length=limit)
+    for study, row in zip(studies, tokens):
+        example, before = (p(study, prompt(study), [None, *texts(study)]) for p in (cutter, whole))
+        room = limit - len(before["prefix_ids"])
+        assert torch.equal(example["prefix_ids"], before["prefix_ids"])
+        assert example["responses"][0] is None
+        pairs = list(zip(example["responses"], before["responses"]))[1:]
+        assert all(torch.equal(r, w[:room]) for r, w in pairs)
+        # a response that is cut has no end token, any other one has it
+        assert all((r[-1] == cutter.end) == (len(w) <= room) for r, w in pairs)
+        assert row == len(before["prefix_ids"]) + sum(len(r) for r, _ in pairs)
+
+
+@pytest.mark.parametrize("stage", [spd, apo])
+def test_a_stage_trains_on_sequences_that_are_cut(
+        base, world, positives, processor, studies, task, tmp_path, capsys, stage):
+    prefix, _ = processor.lengths(studies[0], data.student_prompt(studies[0], task), [])
+    flags = flags_of(stage, world, base, positives, tmp_path / "out")
+    bound = ["--max_length", prefix + 20, "--logging_steps", 1]
+    said = run(stage, [*flags, *bound], capsys)
+    assert re.search(r"or --max_length \d+: \d+ responses of \d+ of them are cut, 0 left", said)
+    out = tmp_path / "out"
+    long = [json.loads(line) for line in (out / "too_long.jsonl").read_text().splitlines()]
+    assert all(line["cut"] for line in long)
+    first = json.loads((out / "log.jsonl").read_text().splitlines()[0])
+    most = 20 * 4 * (8 if stage is apo else 4)  # of 4 studies; the demo draws 4 of 7 teachers
+    assert most / 2 < first["tokens"] <= most
+    # the reference is cut at the same places
+    assert stage is spd or first["loss"] == torch.tensor(8.0).log().item()
+
+
+@pytest.mark.parametrize("bounds, fit", [
+    ({}, [40, 60, 5]), ({"max_length": 150}, [40, 50, 5]), ({"max_length": 116}, [16, 16, 5]),
+    ({"max_length": 115}, None), ({"max_length": 90}, None),
+    # what --max_length leaves must fit in the row
+    ({"max_length": 150, "max_tokens": 195}, [40, 50, 5]),
+    ({"max_length": 150, "max_tokens": 194}, None),
+    ({"max_length": 130, "max_tokens": 155, "truncate": True}, [25, 25, 5]),
+    ({"max_tokens": 136, "truncate": True}, None),
+    ({"max_tokens": 137, "truncate": True}, [16, 16, 5]), ({"max_tokens": 204}, None)])
+def test_a_response_that_is_cut_keeps_16_tokens_or_its_study_is_left_out(bounds, fit):
+    args = argparse.Namespace(**{
+        "max_length": None, "max_tokens": 8192, "truncate": False, **bounds})
+    assert training.fitted(100, [40, 60, 5], args) == fit
 
 
 def test_a_resumed_plan_is_the_tail_of_the_whole_plan():
@@ -154,6 +227,168 @@ def test_fp32_updates_equal_torchs_adamw():
             optimiser.step()
     assert torch.allclose(ours.weight, theirs.weight, rtol=1e-6)
     assert torch.allclose(ours.bias, theirs.bias, rtol=1e-6)
+
+
+def updated(size, dtype, monkeypatch, seeds=range(5)):
+    """(weights, their optimiser) after an update per seed, in slices of `size` elements."""
+    monkeypatch.setattr(training, "SLICE", size)
+    torch.manual_seed(0)
+    weights = {str(shape): torch.nn.Parameter(torch.randn(shape).to(dtype))
+               for shape in ((1543, 131), (7,), ())}
+    optimiser = training.MasterAdamW(weights.values(), lr=1e-2, betas=(0.9, 0.98))
+    take_steps(weights, optimiser, seeds)
+    return weights, optimiser
+
+
+def take_steps(weights, optimiser, seeds):
+    for seed in seeds:
+        g = torch.Generator().manual_seed(seed)
+        for weight in weights.values():
+            weight.grad = (torch.randn(weight.shape, generator=g) / 10**seed).to(weight.dtype)
+        optimiser.step()
+
+
+def bits_of(weights, state):
+    """All of the weights and their state, in their order."""
+    return [weights[name] for name in weights] + [
+        state[weights[name]][key] for name in weights for key in sorted(state[weights[name]])]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_update_in_slices_is_that_of_the_whole_to_the_bit(dtype, monkeypatch):
+    whole, optimiser = updated(2**24, dtype, monkeypatch)
+    want = bits_of(whole, optimiser.state)
+    assert optimiser.state[whole["(7,)"]]["step"] == 5
+    for size in (1000, 4096):
+        sliced, in_slices = updated(size, dtype, monkeypatch)
+        for a, b in zip(bits_of(sliced, in_slices.state), want, strict=True):
+            assert a.shape == b.shape and torch.equal(a, b)
+
+
+@pytest.fixture
+def alone():
+    """A process group of one rank, in which an optimiser can be sharded."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_sharded_optimiser_goes_on_in_slices_from_a_checkpoint_of_whole_weights(
+        alone, tmp_path, monkeypatch):
+    from torch.distributed.optim import ZeroRedundancyOptimizer
+
+    whole, optimiser = updated(2**24, torch.bfloat16, monkeypatch)
+    monkeypatch.setattr(training, "SLICE", 1000)
+    sharded = lambda weights: ZeroRedundancyOptimizer(
+        weights.values(), optimizer_class=training.MasterAdamW, lr=1e-2, betas=(0.9, 0.98))
+    weights, _ = updated(1000, torch.bfloat16, monkeypatch, seeds=())
+    first = sharded(weights)
+    take_steps(weights, first, range(3))
+    checkpoint.save_checkpoint(tmp_path, 3, weights, first, {}, 1)
+    weights, _ = updated(1000, torch.bfloat16, monkeypatch, seeds=())
+    second = sharded(weights)
+    checkpoint.load_checkpoint(tmp_path / "step-000003", weights, second)
+    take_steps(weights, second, range(3, 5))
+    want = bits_of(whole, optimiser.state)
+    for a, b in zip(bits_of(weights, second.optim.state), want, strict=True):
+        assert torch.equal(a, b)
+
+
+def most_allocated(work):
+    """How many bytes more than before are allocated on the CPU at most while work() runs."""
+    with torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    now = most = 0
+    for event in profile.profiler.kineto_results.events():
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            most = max(most, now)
+    return most
+
+
+@pytest.mark.parametrize("size", [2**20, 2**24])  # slices of the embedding; it is one slice
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_memory_that_a_dry_run_sums_up_is_what_an_update_takes(dtype, size, monkeypatch):
+    monkeypatch.setattr(training, "SLICE", size)
+    model = torch.nn.Sequential(torch.nn.Embedding(152_064, 64), torch.nn.Linear(64, 64)).to(dtype)
+    frozen = model[1].weight.requires_grad_(False)
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimiser = training.MasterAdamW(parameters.values(), lr=1e-3)
+    for p in parameters.values():
+        p.grad = torch.ones_like(p)
+    update = lambda: training.update(parameters, optimiser, 1e-3, 1.0)
+    at_first = most_allocated(update)  # which makes the state
+    held, gradients, states, temporaries = (
+        gib * 2**30 for gib in training.memory(model, list(parameters.values()), optimiser))
+    count, bytes_each = sum(p.numel() for p in parameters.values()), dtype.itemsize
+    assert (held, gradients) == ((count + frozen.numel()) * bytes_each, count * bytes_each)
+    assert states == count * (8 if dtype == torch.float32 else 12)
+    assert at_first == pytest.approx(states + temporaries, rel=1e-3)
+    assert most_allocated(update) == pytest.approx(temporaries, rel=1e-3)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_memory_of_the_7b_decoder_on_four_gpus_is_what_the_docs_say(monkeypatch):
+    """On tensors without contents and ranks that only this process pretends to."""
+    monkeypatch.setattr(ranks, "gather", lambda value: [value])
+    vision = dict(depth=32, hidden_size=1280, intermediate_size=3420, num_heads=16,
+                  out_hidden_size=3584)
+    text = dict(vocab_size=152_064, hidden_size=3584, intermediate_size=18_944,
+                num_hidden_layers=28, num_attention_heads=28, num_key_value_heads=4)
+    config = transformers.Qwen2_5_VLConfig(
+        text_config=text, vision_config=vision, tie_word_embeddings=False)
+    with torch.device("meta"):
+        model = transformers.Qwen2_5_VLForConditionalGeneration(config).bfloat16()
+    parameters = student.set_trainable(model, ["decoder"])
+    for p in parameters.values():
+        p.grad = torch.empty_like(p)
+    args = argparse.Namespace(learning_rate=1.0, adam_beta1=0.9, adam_beta2=0.98, weight_decay=0.0)
+    shares = []
+    for rank in range(4):
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=4)
+        optimiser = training.make_optimizer(parameters, args, shard=True)
+        optimiser.optim.step()
+        shares.append(training.memory(model, list(parameters.values()), optimiser))
+        dist.destroy_process_group()
+    parts = max(shares, key=sum)
+    page = (ROOT / "docs" / "reproduce.md").read_text(encoding="utf-8")
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (row,) = (line for line in page.splitlines() if line.startswith("| GPU memory, `--train dec"))
+    in_all = [float(gib) for gib in re.findall(r"(\d+\.\d) GiB", row)]
+    assert in_all == [round(gib, 1) for gib in (*parts, sum(parts))]
+    assert f"about {sum(parts):.0f} GiB per GPU" in readme
+
+
+def test_a_dry_run_measures_beside_the_optimisers_state_and_takes_the_largest_share(
+        monkeypatch, capsys):
+    model = torch.nn.Linear(2**13, 2**12, bias=False)
+    parameters = dict(model.named_parameters())
+    model.weight.grad = torch.zeros_like(model.weight)
+    model.device = torch.device("cpu")
+    optimiser, states = training.MasterAdamW(parameters.values(), lr=1.0), []
+
+    def warm_up(*given):
+        assert given == ("packed", plan, "encode", model)
+        states.append(dict(optimiser.state))
+        return 3.0
+
+    # another rank has 0.5 GiB more than this one, of states and at the peak
+    monkeypatch.setattr(ranks, "gather", lambda value: [value, value + 0.5])
+    monkeypatch.setattr(ranks, "peak_gib", lambda device: 7.0)
+    monkeypatch.setattr(training, "warm_up", warm_up)
+    before = model.weight.detach().clone()
+    plan = training.Plan([1] * 11, settings())
+    training.report_dry_run(plan, model, "packed", "encode", parameters, optimiser, 10)
+    said = capsys.readouterr().out
+    assert ("weights 0.12, gradients 0.12, moments 0.75, the update's temporaries 0.12, in all "
+            "1.12 before activations") in said
+    assert "peak memory 7.50 GiB" in said
+    # four passes of 3 s and the update
+    assert 12 <= float(re.search(r"one step of the longest studies: ([\d.]+) s", said)[1])
+    assert [list(state) for state in states] == [[model.weight]]
+    assert torch.equal(model.weight, before)
 
 
 def test_a_bf16_weight_moves_through_its_fp32_master():
@@ -195,6 +430,36 @@ def test_presets_are_defaults_that_flags_override():
     assert (paper.lora_dropout, paper.warmup_steps) == (0.1, 20)
     assert spd.parse(["--studies", "x", "--learning_rate", "3e-5"]).learning_rate == 3e-5
     assert set(spd.PRESETS) >= {"paper", "released", "demo"}
+
+
+@pytest.mark.parametrize("stage, length, K", [(spd, 2304, 7), (apo, 4096, 8)])
+def test_released_follows_the_authors_scripts_and_help_says_what_32_are_here(
+        stage, length, K, capsys):
+    args = stage.parse(["--studies", "x", "--preset", "released"])
+    assert (args.warmup_steps, args.warmup_ratio) == (0, 0.05)
+    assert (args.global_batch, args.max_length) == (4, length)
+    # seven sequences that are no longer than --max_length are never too long a row
+    fit = training.fitted(2000, [length - 2000] * K, args)
+    assert fit == [length - 2000] * K
+    with pytest.raises(SystemExit):
+        stage.parse(["--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert f"is cut at {length:,} tokens. Its 32" in said
+    assert "a step are 4 studies of seven teachers here, 28: 5 would be 35" in said
+    for other in ("paper", "demo"):
+        args = stage.parse(["--studies", "x", "--preset", other])
+        assert (args.warmup_ratio, args.max_length) == (0, None)
+
+
+def test_the_warm_up_is_a_number_of_steps_or_a_share_of_them_rounded_up():
+    rates = {"learning_rate": 1.0, "min_learning_rate": 0.0}
+    plan = lambda **flags: training.Plan([1] * 1004, settings(num_epochs=1, **rates, **flags))
+    share = plan(warmup_steps=0, warmup_ratio=0.05)  # of 251 steps: 12.55
+    assert [share.learning_rate(step) for step in (0, 11, 12, 13)] == [1 / 13, 12 / 13, 1.0, 1.0]
+    same = plan(warmup_steps=13, warmup_ratio=0.0)
+    assert [same.learning_rate(s) for s in range(251)] == [
+        share.learning_rate(s) for s in range(251)]
+    assert plan(warmup_steps=0, warmup_ratio=0.0).learning_rate(0) == 1.0
 
 
 def test_a_missing_input_names_the_command_that_makes_it(script, world, tmp_path):

@@ -490,6 +490,8 @@ add("spd.py", READERS["spd.py"], {
         "studies.jsonl: no study has trajectories, expected the teachers' texts"),
     "no study that fits": (
         "--max_tokens 9", {}, "0 studies: expected at least one --global_batch of 4"),
+    "no room for a response beside image and prompt": (
+        "--max_length 9", {}, "0 studies: expected at least one --global_batch of 4"),
     "a replay with two texts of a study": (
         "--replay replay.jsonl",
         {"replay.jsonl": [*(record(id, trajectories={"u": "x"}) for id in "abc"), record("d")]},
@@ -534,6 +536,10 @@ CASES["spd.py: --micro_batch -1"] = Case(
 CASES["spd.py: --learning_rate 0"] = Case(
     f"{READERS['spd.py']} --learning_rate 0",
     "argument --learning_rate: '0', expected a number above 0", status=2)
+CASES["spd.py: two warm-ups"] = Case(
+    f"{READERS['spd.py']} --warmup_ratio 0.05",
+    "--warmup_steps 20 with --warmup_ratio 0.05: expected one of them, and 0 for the other where "
+    "--preset paper sets it", status=2)
 CASES["spd.py: --seed -1"] = Case(
     f"{READERS['spd.py']} --seed=-1",
     "argument --seed: '-1', expected a whole number from 0 to 2**63 - 1", status=2)
@@ -541,7 +547,7 @@ CASES["spd.py: a cosine upwards"] = Case(
     f"{READERS['spd.py']} --learning_rate 1e-5 --min_learning_rate 2e-5",
     "--min_learning_rate 2e-05: expected at most --learning_rate 1e-05, where the cosine begins",
     status=2)
-for flag in ("logging_steps", "save_steps", "lora_r", "max_tokens", "max_steps"):
+for flag in ("logging_steps", "save_steps", "lora_r", "max_tokens", "max_length", "max_steps"):
     CASES[f"spd.py: --{flag} 0"] = Case(
         f"{READERS['spd.py']} --{flag} 0",
         f"argument --{flag}: '0', expected a whole number of at least 1", status=2)
@@ -550,6 +556,9 @@ add("spd.py", f"{READERS['spd.py']} --replay replay.jsonl", {
     "a long row to replay": (
         "--max_tokens 200", REPLAYED,
         "replay.jsonl: 'p' takes ... tokens, expected at most --max_tokens 200"),
+    "a long sequence to replay": (
+        "--max_length 200 --truncate", REPLAYED,
+        "replay.jsonl: 'p' takes ... tokens, expected at most --max_length 200"),
     "a row to replay without its film": (
         {"replay.jsonl": [record(i, trajectories={"u": "x"}, image=f"{i}.png") for i in "pqr"],
          "p.png": films, "q.png": films},
@@ -1674,6 +1683,9 @@ def test_a_function_refuses_with_its_message(name):
 ELSEWHERE = {
     ("sampling.py", "the prompt has {prompt_tokens} tokens"):
         "test_server.py::test_a_server_that_sees_another_prompt_is_found_at_its_first_answer",
+    ("student.py", "--max_pixels {max_pixels}: {source}"):
+        "test_student.py::"
+        "test_more_pixels_than_the_folder_allows_are_refused_and_none_given_are_as_many",
     ("student.py", "SystemExit(f'transformers"):
         "test_student.py::test_an_older_transformers_is_refused",
     ("student.py", "expected 5.5.4 to 5.24"):
