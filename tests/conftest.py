@@ -125,7 +125,7 @@ def script(tmp_path_factory):
     moment, or 5 to 10 seconds a process. It returns what it ended with in .returncode and what it
     printed in .stdout.
     """
-    def run(name, *flags, ranks=1, expect=0, start="fork", env=None):
+    def run(name, *flags, ranks=1, expect=0, start="fork"):
         if start == "fork":
             with Job(name, flags, tmp_path_factory.mktemp("script") / "out", ranks) as job:
                 codes = job.wait(600)
@@ -138,8 +138,7 @@ def script(tmp_path_factory):
             done = subprocess.run(
                 [sys.executable, *name, *map(str, flags)],
                 stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-                env={**os.environ, "PYTHONPATH": str(ROOT), **(env or {})},
-                timeout=600, check=False)
+                env={**os.environ, "PYTHONPATH": str(ROOT)}, timeout=600, check=False)
         assert done.returncode == expect, done.stdout[-6000:]
         return done
     return run

@@ -70,7 +70,9 @@ def run(args):
     """Writes args.output.
 
     args  the flags of `parse`
-    Returns {id: text}. Raises ValueError or OSError where an input or the output is faulty.
+    A study with an image that cannot be read is left out, and said. Returns {id: text}. Raises
+    ValueError where none can be read, and ValueError or OSError where another input or the output
+    is faulty.
     """
     require_folder(args.output)
     student.require_family(args.student)
@@ -78,13 +80,20 @@ def run(args):
     studies = data.read_studies(args.studies, task, args.split)[:args.limit]
     processor = student.Processor(args.student, task, args.images, args.max_pixels)
     model = student.load(args.student, args.bf16, ranks.init())
+    failed = {}
     texts = sampling.answers(model, processor, studies, task, 0.0, batch_size=args.batch_size,
-                             max_new_tokens=args.max_new_tokens, num_workers=args.num_workers)
-    lines = [json.dumps({"id": study.id, "text": text}, ensure_ascii=False) + "\n"
-             for study, text in zip(studies, texts)]
+                             max_new_tokens=args.max_new_tokens, num_workers=args.num_workers,
+                             failed=failed)
+    answered = {study.id: text for study, text in zip(studies, texts) if study.id not in failed}
+    if failed and not answered:
+        raise ValueError(f"no image could be read, the first: {next(iter(failed.values()))}")
+    lines = [json.dumps({"id": key, "text": text}, ensure_ascii=False) + "\n"
+             for key, text in answered.items()]
     ranks.on_rank_zero(lambda: write_text(Path(args.output), "".join(lines)))
     ranks.print_once(f"{args.output}: {len(lines)} answers")
-    return {study.id: text for study, text in zip(studies, texts)}
+    for key, why in failed.items():
+        ranks.print_once(f"left out: {key}: {why}")
+    return answered
 
 
 def main():

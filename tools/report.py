@@ -32,8 +32,7 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # tools/ is no package of its own
 
@@ -51,6 +50,7 @@ from charts import (  # noqa: E402
     tag,
 )
 
+import data  # noqa: E402
 from evaluation.tables import FIVE, TABLE_2, TABLE_5, short  # noqa: E402
 from runtime.records import write_text  # noqa: E402
 
@@ -180,28 +180,10 @@ def film(path, root, side=448):
     path  as a record gives it
     root  the folder of the images, in which it must lie
     side  pixels of its width and height at most
-    Returns a str. Raises ValueError naming the file.
+    Returns a str. Raises data.ImageError naming the file.
     """
-    try:
-        file = (Path(root) / path).resolve()
-        if not file.is_relative_to(Path(root).resolve()):
-            raise ValueError("lies outside --images")
-        if file.exists() and not file.is_file():  # opening a pipe would wait for ever
-            raise ValueError("no regular file")
-        with Image.open(file, formats=("JPEG", "PNG", "TIFF", "BMP", "WEBP")) as image:
-            if image.width * image.height > 64_000_000:
-                raise ValueError(f"{image.width} x {image.height} pixels, expected at most "
-                                 "64,000,000")
-            image = ImageOps.exif_transpose(image)
-            if image.mode.startswith("I"):  # convert("L") would cut a 12-bit film at 255
-                pixels = np.asarray(image, dtype=np.float32)
-                image = Image.fromarray((pixels * (255 / max(pixels.max(), 1))).astype(np.uint8))
-            image = image.convert("L")
-            image.thumbnail((side, side), Image.Resampling.LANCZOS)
-    except FileNotFoundError:
-        raise ValueError(f"{path}: no such file below --images") from None
-    except Exception as error:  # decoders of broken files raise nearly anything
-        raise ValueError(f"{path}: no readable image: {error}") from None
+    image = data.load_image(path, root).convert("L")
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
     content = io.BytesIO()
     image.save(content, "JPEG", quality=90)
     return "data:image/jpeg;base64," + base64.b64encode(content.getvalue()).decode()

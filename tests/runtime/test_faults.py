@@ -21,7 +21,8 @@ from conftest import ROOT
 from faults import Job, children
 
 SETTINGS = ["--lora_dropout", 0.1, "--global_batch", 8, "--micro_batch", 1, "--num_epochs", 4,
-            "--max_steps", 8, "--save_steps", 3, "--logging_steps", 1]
+            "--max_steps", 8, "--save_steps", 3, "--logging_steps", 1,
+            "--teachers", "gpt-5,gemini-2.5,grok-4"]
 
 
 @pytest.fixture(scope="module")

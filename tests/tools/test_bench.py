@@ -2,33 +2,26 @@
 
 import io
 import json
-import os
-import subprocess
 import sys
 import tarfile
 
 import bench
 import pytest
-from conftest import ROOT
 from test_meteor import write_folder
 
 FIELDS = {"time_vs_separate", "time_vs_trl", "memory_vs_separate", "mfu", "hfu", "peak_gib"}
 
 
-def run(*command, **env):
-    return subprocess.run(
-        [sys.executable, *map(str, command)], capture_output=True, text=True, timeout=300,
-        cwd=ROOT / "tests", env={**os.environ, "OMP_NUM_THREADS": "1", **env}, check=False)
+@pytest.fixture
+def bench_output(script):
+    """bench_output("step", "--flag", ...) -> what the command prints, and its last line's JSON."""
+    def run(*flags):
+        *text, last = script("tests/bench.py", *flags, "--json").stdout.splitlines()
+        return "\n".join(text), json.loads(last)
+    return run
 
 
-def bench_output(*flags, **env):
-    done = run("bench.py", *flags, "--json", **env)
-    assert done.returncode == 0, done.stdout + done.stderr
-    *text, last = done.stdout.splitlines()
-    return "\n".join(text), json.loads(last)
-
-
-def test_step():
+def test_step(bench_output):
     text, report = bench_output("step", "--size", "tiny", "--repeats", "1", "--no_trl")
     assert set(report) == {"mode", "teacher_cost"} and report["teacher_cost"] > 0
     assert set(report["mode"]) == {"full", "lora", "merger"}
@@ -40,7 +33,7 @@ def test_step():
     assert text.count("log-probs differ by") == 7
 
 
-def test_step_with_trl():
+def test_step_with_trl(bench_output):
     """DPOTrainer runs on our collator and scores the same log-probs, from the same images."""
     pytest.importorskip("trl")
     text, report = bench_output("step", "--size", "tiny", "--repeats", "1", "--modes", "merger")
@@ -50,33 +43,31 @@ def test_step_with_trl():
     assert names == ("packed", "separate", "TRL", "one")
 
 
-def run_with_wrong_places(*flags):
+def run_with_wrong_places(monkeypatch, *flags):
     """Runs a command while every branch of a packed row has wrong positions."""
-    return run("-c", f"""if True:
-        import sys
-        import bench
-        pack = bench.student.pack
-        def wrong(*arguments):
-            batch = pack(*arguments)
-            return batch | {{"position_ids": batch["position_ids"] + batch["branch"]}}
-        bench.student.pack = wrong
-        sys.argv = ["bench.py", *{flags!r}, "--size", "tiny", "--repeats", "1"]
-        bench.main()""")
+    pack = bench.student.pack
+
+    def wrong(*arguments):
+        batch = pack(*arguments)
+        return batch | {"position_ids": batch["position_ids"] + batch["branch"]}
+
+    monkeypatch.setattr(bench.student, "pack", wrong)
+    monkeypatch.setattr(sys, "argv", ["bench.py", *flags, "--size", "tiny", "--repeats", "1"])
+    bench.main()
 
 
-def test_step_notices_other_work():
+def test_step_notices_other_work(monkeypatch):
     """A packed step whose branches are in wrong places is not compared."""
-    done = run_with_wrong_places("step", "--no_trl", "--modes", "merger")
-    assert done.returncode == 1, done.stdout + done.stderr
-    assert "separate does other work than packed" in done.stderr
+    with pytest.raises(SystemExit, match="separate does other work than packed"):
+        run_with_wrong_places(monkeypatch, "step", "--no_trl", "--modes", "merger")
 
 
-def test_sample():
+def test_sample(bench_output):
     text, report = bench_output("sample", "--size", "tiny", "--repeats", "1", "--batch", "3")
     assert set(report) == {"time_vs_plain"} and "100.0% the same" in text
 
 
-def test_metrics(tmp_path):
+def test_metrics(bench_output, tmp_path, monkeypatch):
     """With METEOR's formats in small, no Java, and two reports in Open-I's format.
 
     One of the two is read as labelled.
@@ -97,8 +88,9 @@ def test_metrics(tmp_path):
         "CXR1,0,1,0,0,0,0,0\n"
         "CXR2,0,0,0,1,0,0,0\n")
     meteor = write_folder(tmp_path / "own")
+    monkeypatch.setenv("PATH", "")
     text, report = bench_output("metrics", "--reports", 20, "--meteor", meteor,
-                                "--openi", tmp_path, PATH="")
+                                "--openi", tmp_path)
     assert report.pop("openi") == {"precision": 0.5, "recall": 0.5, "f1": 0.5}
     assert report.pop("meteor_jar_pair_ms") is None
     report.pop("text_oracle_s")  # null without pycocoevalcap
@@ -108,15 +100,15 @@ def test_metrics(tmp_path):
     assert "the jar needs Java" in text and "in 2 reports of Open-I" in text
 
 
-def test_evaluate():
+def test_evaluate(bench_output):
     text, report = bench_output("evaluate", "--size", "tiny", "--repeats", "1")
     assert set(report) == {"time_vs_separate"} and "14 questions" in text
 
 
-def test_evaluate_notices_other_answers():
+def test_evaluate_notices_other_answers(monkeypatch):
     """Questions whose branches are in wrong places are not compared."""
-    done = run_with_wrong_places("evaluate")
-    assert done.returncode == 1 and "other answers" in done.stderr, done.stdout + done.stderr
+    with pytest.raises(SystemExit, match="other answers"):
+        run_with_wrong_places(monkeypatch, "evaluate")
 
 
 @pytest.mark.parametrize("train, expected", [("lora", (2, 3, 1)), ("full", (3, 4, 4))])

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -381,10 +382,10 @@ def test_a_film_that_cannot_be_shown_is_named(tmp_path, world):
     page, _ = make(tmp_path, results, f"--studies={tmp_path / 'studies.jsonl'}",
                    f"--images={tmp_path}")
     text = Checked(page).text()
-    assert "../outside.png: no readable image: lies outside --images" in text
-    assert ("large.png: no readable image: 8001 x 8000 pixels, expected at most 64,000,000"
+    assert "../outside.png: lies outside the image folder" in text
+    assert ("large.png: not a readable image: 8001 x 8000 pixels, expected at most 64,000,000"
             in text)
-    assert "missing.png: no such file" in text and "broken.png: no readable image" in text
+    assert "missing.png: no such image" in text and "broken.png: not a readable image" in text
     assert page.count("data:image/jpeg;base64,") == 2
 
 
@@ -486,6 +487,24 @@ def test_answers_are_those_of_evaluate(base, world, task, studies, model, proces
     expected = sampling.answers(model, processor, test, task, 0.0, max_new_tokens=8)
     assert texts == {study.id: text for study, text in zip(test, expected, strict=True)}
     assert report.read_texts(tmp_path / "a.jsonl", "text") == texts
+
+
+def test_a_study_whose_film_is_broken_is_left_out_of_the_answers_and_said(
+        base, world, tmp_path, capsys):
+    lines = (world / "studies.jsonl").read_text().splitlines()
+    records = [record for record in map(json.loads, lines) if record["split"] == "test"][:3]
+    shutil.copytree(world / "films", tmp_path / "films")
+    (tmp_path / records[1]["image"]).write_bytes(b"no film")
+    dump_lines(tmp_path / "studies.jsonl", records)
+    texts = answers.run(answers.parse([
+        f"--student={base}", f"--studies={tmp_path / 'studies.jsonl'}", f"--images={tmp_path}",
+        f"--task_file={world / 'task.json'}", "--max_new_tokens=8",
+        f"--output={tmp_path / 'a.jsonl'}"]))
+    assert list(texts) == [records[0]["id"], records[2]["id"]]
+    assert report.read_texts(tmp_path / "a.jsonl", "text") == texts
+    said = capsys.readouterr().out
+    assert "a.jsonl: 2 answers" in said
+    assert f"left out: {records[1]['id']}: {tmp_path / records[1]['image']}: not a readable" in said
 
 
 def luminance(rgb):
