@@ -2,7 +2,7 @@
 
     args.json     the settings            env.json      versions, GPUs, git commit
     log.jsonl     one line per interval   speed.jsonl   the same for timings
-    step-N/       checkpoints             too_long.jsonl  studies beyond --max_tokens or --max_length
+    step-N/       checkpoints             too_long.jsonl  studies that are too long, or cut
     broken.jsonl  with --skip_broken: the images that cannot be read, and their studies
     student/      the finished student    adapter/      its LoRA weights in PEFT's format
     finished.json marks the end; of stage 2 positives.jsonl, dropped.jsonl, stats.json
