@@ -371,6 +371,7 @@ def run(args):
     studies, names, dropped = data.training_studies(
         args.studies, task, args.split, args.teachers, args.refusals, args.positives)
     weights = teacher_weights(args.teacher_weights, names)                                   # (N,)
+    training.require_same_inputs(args, studies=studies)  # with their t+
     with RunFolder(args, ("studies", "positives", "task_file", "student")) as folder:
         if folder.finished:
             return folder.outputs("critique")
@@ -382,7 +383,6 @@ def run(args):
         studies, lengths = training.drop_long(processor, studies, prompt, texts, args, folder)
         plan = training.Plan(lengths, args)
         ranks.print_once(f"critique: {plan}; {', '.join(names)}; {dropped} refusals dropped")
-
         model = training.open_student(args, processor, folder, device)
         parameters = student.set_trainable(
             model, train, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed)
@@ -392,8 +392,7 @@ def run(args):
         encode = lambda epoch, i: processor(studies[i], prompt(studies[i]), texts(studies[i]))
         training.warm_up(packed, plan, encode, model)
         if args.dry_run:
-            return training.report_dry_run(
-                plan, model, packed, encode, parameters, optimizer, 12_132)
+            return training.report_dry_run(plan, packed, encode, parameters, optimizer, 12_132)
         key = reference_key(args, task, studies, names)
         ref = checked_reference(model, plan, encode, folder, key, weights, args)        # (n, 1+N)
         start, log = folder.resume(parameters, optimizer, log_keys(names), device)

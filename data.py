@@ -19,6 +19,7 @@ In the paper's letters: v = image, l = prompt, t^u = trajectories[u], T = all of
 import contextlib
 import random
 import re
+import threading
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -33,9 +34,14 @@ from runtime.records import is_name, read_json, read_jsonl
 
 # A film has about 10 million pixels. Pillow itself only warns of an image that has far too many.
 MAX_IMAGE_PIXELS = 64_000_000
+# Decoding a JPEG goes over all its pixels again for each of its scans, of which a film has 1 to 10.
+MAX_SCANNED_PIXELS, SMALL_FILM = 1_000_000_000, 10_000_000
+# Threads that decode films take turns, since a large one takes up to 2 GB while it is decoded.
+DECODERS = threading.BoundedSemaphore(4)
 # Only these are opened: Pillow gives files of some other formats to outside programs.
 IMAGE_FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP")
-BITS_PER_SAMPLE, PHOTOMETRIC, SAMPLE_FORMAT = 258, 262, 339  # tags of a TIFF
+# Tags of a TIFF.
+BITS_PER_SAMPLE, PHOTOMETRIC, TILE_WIDTH, TILE_LENGTH, SAMPLE_FORMAT = 258, 262, 322, 323, 339
 
 
 # ------------------------------------------------------------------------------------- the task
@@ -104,7 +110,7 @@ def load_task(path=None):
     findings  name -> the words that name it in a text
     classes   in order: class -> phrases. In a phrase, {finding} matches any of the finding's words,
               and each * (at most three) matches up to four words of the same clause that name no
-              other finding
+              other finding; a phrase has at most 20 words
     prompts   may have a "question" with {finding} and {options}, which evaluate.py asks
     path      a task.json; None: the built-in task
     Returns the Task. Raises ValueError naming the file and what was expected.
@@ -153,6 +159,7 @@ def task_faults(spec, path):
             expect("{finding}" in words, 'every phrase of "classes" to contain the word {finding}')
             # every * multiplies the time of the search
             expect(words.count("*") <= 3, 'at most three * in a phrase of "classes"')
+            expect(len(words) <= 20, 'at most 20 words in a phrase of "classes"')
     for key in ("positive", "refusals"):
         value = spec.get(key, [])
         expect(isinstance(value, list) and all(isinstance(s, str) and s for s in value),
@@ -244,7 +251,16 @@ def vote(trajectories, task):
     task          the Task; of classes with the same number of votes its earliest wins
     Returns {finding: class}, without the findings that nobody mentions.
     """
-    readings = [read_classes(text, task) for text in trajectories.values()]
+    return plurality([read_classes(text, task) for text in trajectories.values()], task)
+
+
+def plurality(readings, task):
+    """`vote` of texts that were read already.
+
+    readings  the {finding: class} of each text
+    task      the Task
+    Returns what `vote` returns.
+    """
     winner = {}
     for finding in task.findings:
         votes = [reading.get(finding) for reading in readings]
@@ -506,7 +522,7 @@ class OutsideImage(ImageError):
 
 
 class LargeImage(ImageError):
-    """The image has too many pixels, or a side is far longer than the other one."""
+    """The image has too many pixels or scans, or a side is far longer than the other one."""
     kind = "image too large"
 
 
@@ -553,6 +569,7 @@ def open_image(path, root):
                 raise LargeImage(f"{size}, expected at most {MAX_IMAGE_PIXELS:,}")
             if max(image.size) > 200 * min(image.size):
                 raise LargeImage(f"{size}, expected an aspect ratio of at most 200")
+            require_small_tiles(image)
             require_one_film(image)
             # with a name Pillow maps some TIFFs into memory, and garbles them if they are turned
             image.filename = ""
@@ -563,6 +580,37 @@ def open_image(path, root):
         raise LargeImage(f"{file}: not a readable image: {error}") from None
     except Exception as error:  # a broken file can make Pillow raise nearly anything
         raise ImageError(f"{file}: not a readable image: {error}") from None
+
+
+def require_small_tiles(image):
+    """Raises LargeImage where a TIFF's tiles, which are decoded whole, have too many pixels.
+
+    image  PIL image of which only the header has been read
+    """
+    tags = getattr(image, "tag_v2", {})
+    width, height = tags.get(TILE_WIDTH, 1), tags.get(TILE_LENGTH, 1)
+    decoded = -(-image.width // width) * -(-image.height // height) * width * height
+    if not 0 < decoded <= MAX_IMAGE_PIXELS:
+        raise LargeImage(f"{image.width} x {image.height} pixels in tiles of {width} x {height}, "
+                         f"which are {decoded:,} pixels, expected at most {MAX_IMAGE_PIXELS:,}")
+
+
+def require_few_scans(image):
+    """Raises LargeImage where a JPEG has so many scans that decoding it would take minutes.
+
+    image  PIL image; the whole file of a JPEG is read
+    """
+    if image.format not in ("JPEG", "MPO"):
+        return
+    scans, last = 0, b""
+    image.fp.seek(0)
+    while part := image.fp.read(1_000_000):
+        scans += (last + part).count(b"\xff\xda")  # the mark at which each begins
+        last = part[-1:]
+    most = MAX_SCANNED_PIXELS // max(image.width * image.height, SMALL_FILM)
+    if scans > most:
+        raise LargeImage(f"a JPEG of {image.width} x {image.height} pixels in {scans} scans, "
+                         f"expected at most {most}")
 
 
 def require_one_film(image):
@@ -600,10 +648,11 @@ def load_image(path, root):
     root  the folder of the images
     Returns a PIL image in RGB. What becomes of each kind of file, docs/data.md says ("Films").
     Raises ImageError naming the file if it lies outside `root`, cannot be read, has more than
-    MAX_IMAGE_PIXELS, has a side 200 times as long as the other one, or holds its picture in a way
-    that would be lost.
+    MAX_IMAGE_PIXELS, with its tiles too, has too many scans or a side 200 times as long as the
+    other one, or holds its picture in a way that would be lost.
     """
     with open_image(path, root) as image:
+        require_few_scans(image)
         upright = ImageOps.exif_transpose(image)
         tags = getattr(image, "tag_v2", {})  # of a TIFF
         signed = tags.get(SAMPLE_FORMAT, (1,))[0] == 2

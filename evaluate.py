@@ -51,12 +51,36 @@ from runtime import flags, ranks
 
 # ------------------------------------------------------------------------------------- the scores
 
-def score(readings, studies, task):
+def read_teachers(studies, task):
+    """What the teachers' texts say; reading them takes a while, so it is done once.
+
+    studies  list of data.Study
+    task     data.Task
+    Returns {study id: {teacher: {finding: class}}}.
+    """
+    names = data.teacher_names(studies)
+    read = teachers.readings(studies, names, task)
+    return {study.id: {name: read[name][at] for name in study.trajectories}
+            for at, study in enumerate(studies)}
+
+
+def votes_of(said, task):
+    """The plurality of the teachers about each study.
+
+    said  what `read_teachers` returns
+    task  data.Task
+    Returns {study id: {finding: class}}.
+    """
+    return {key: data.plurality(by_teacher.values(), task) for key, by_teacher in said.items()}
+
+
+def score(readings, studies, task, votes):
     """Top-1 accuracy of what was read.
 
     readings  {finding: class} of each study; a finding that is missing could not be read
     studies   as many data.Study
     task      data.Task
+    votes     what `votes_of` returns of these studies
     Returns {"accuracy": {finding: share that is right of the studies that have its label},
     "mean": unweighted over the findings, "n": {finding: how many labels}, "unread": share of the
     labels whose finding was not read, "agreement_with_vote": share of the teachers' pluralities
@@ -70,16 +94,16 @@ def score(readings, studies, task):
             right = sum(reading.get(finding) == truth for reading, truth in labelled)
             accuracy[finding], n[finding] = right / len(labelled), len(labelled)
             unread += sum(finding not in reading for reading, _ in labelled)
-    agreed, votes = 0, 0
+    agreed, voted = 0, 0
     for reading, study in zip(readings, studies):
-        plurality = data.vote(study.trajectories, task)
-        votes += len(plurality)
-        agreed += sum(reading.get(finding) == value for finding, value in plurality.items())
+        vote = votes[study.id]
+        voted += len(vote)
+        agreed += sum(reading.get(finding) == value for finding, value in vote.items())
     return {"accuracy": accuracy,
             "mean": sum(accuracy.values()) / len(accuracy) if accuracy else None,
             "n": n,
             "unread": unread / sum(n.values()) if n else None,
-            "agreement_with_vote": agreed / votes if votes else None}
+            "agreement_with_vote": agreed / voted if voted else None}
 
 
 def if_read(scored):
@@ -177,23 +201,24 @@ def intervals(readings, studies, findings, metric, samples, seed):
     return {"value": value, "interval": interval}
 
 
-def baselines(studies, train, task):
+def baselines(studies, train, task, said):
     """What a student is compared with, on the same studies.
 
     studies  list of data.Study
     train    studies whose labels are the prior; none: those of `studies`
     task     data.Task
+    said     what `read_teachers` returns of these studies
     Returns {row: score} of the label prior, each teacher and the vote.
     """
+    votes = votes_of(said, task)
     guesses = [prior(train or studies, task)] * len(studies)
-    rows = {"label prior" if train else "majority class": score(guesses, studies, task)}
+    rows = {"label prior" if train else "majority class": score(guesses, studies, task, votes)}
     for name in data.teacher_names(studies):
-        texts = [study.trajectories.get(name, "") for study in studies]
-        rows[name] = if_read(
-            score([data.read_classes(text, task) for text in texts], studies, task))
+        readings = [said[study.id].get(name, {}) for study in studies]
+        rows[name] = if_read(score(readings, studies, task, votes))
     if len(rows) > 1:
-        votes = [data.vote(study.trajectories, task) for study in studies]
-        rows["vote of the teachers"] = if_read(score(votes, studies, task))
+        readings = [votes[study.id] for study in studies]
+        rows["vote of the teachers"] = if_read(score(readings, studies, task, votes))
     return rows
 
 
@@ -236,13 +261,14 @@ def write(model, processor, studies, args, temperature, desc, parts, failed):
     return {study.id: text for study, text in zip(studies, texts) if text is not None}
 
 
-def classify(path, bench, args, name, parts=None, failed=None):
+def classify(path, bench, args, name, votes, parts=None, failed=None):
     """Asks one student about all studies and scores its answers.
 
     path    folder or hub id of the student
     bench   datasets.Benchmark; studies whose images turn out to be unreadable leave it
     args    flags
     name    of the student
+    votes   what `votes_of` returns of these studies
     parts   folder of what was answered already; None: nothing is kept
     failed  dict that takes {study id: why} of the unreadable ones
     Returns {"options": score} or {"greedy": score, "sampled": score}, each with "top1" and "macro"
@@ -269,7 +295,7 @@ def classify(path, bench, args, name, parts=None, failed=None):
     row = {}
     for mode, reading_of in answers.items():
         readings = [reading_of[study.id] for study in bench.studies]
-        scored = if_read(score(readings, bench.studies, bench.task))
+        scored = if_read(score(readings, bench.studies, bench.task, votes))
         row[mode] = {**scored, **more.get(mode, {})}
         if args.bootstrap and scored["accuracy"]:
             findings = list(row[mode]["accuracy"])
@@ -304,14 +330,17 @@ def run_classify(args):
         raise ValueError(f"--student {min(twice)}: names another row of the table, "
                          "expected a name of its own")
 
+    said = read_teachers(bench.studies, bench.task)
+    votes = votes_of(said, bench.task)
     failed, ours = {}, {}
     for at, (name, path) in enumerate(folders.items()):
-        ours[name] = classify(path, bench, args, name, parts and parts / str(at), failed)
+        ours[name] = classify(path, bench, args, name, votes, parts and parts / str(at), failed)
     bench.missing += [f"{key}: {why}" for key, why in failed.items()]
-    rows = baselines(bench.studies, train, bench.task)
+    rows = baselines(bench.studies, train, bench.task, said)
     if args.task == "presence":
         no = dict.fromkeys(bench.task.findings, 0)
-        rows["always no"] = score([no] * len(bench.studies), bench.studies, bench.task)
+        rows["always no"] = score([no] * len(bench.studies), bench.studies, bench.task,
+                                   votes)
     rows |= ours
 
     paper = TABLE_5 if args.studies else TABLE_1
@@ -396,6 +425,7 @@ def parse(argv=None):
         description="The scale model's ladder, with its claims, beside the paper's Table 5.")
     ablation.add_arguments(p)
     args = parser.parse_args(argv)
+    flags.refuse_empty(args, parser)
     if args.command == "classify":
         refuse_combinations(args, parser)
     if args.command in ("classify", "reports") and args.split is None:

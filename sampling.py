@@ -158,6 +158,7 @@ class LoadedStudent:
                  max_new_tokens):
         self.processor = student.Processor(path, task, images, max_pixels)
         self.model = student.load(path, bf16, ranks.init())
+        ranks.require_same(lambda: {"--student": student.digest(self.model, self.processor)})
         self.task, self.seed = task, seed
         self.decoding = temperature, top_p, max_new_tokens
 
@@ -201,10 +202,12 @@ class ServedStudent:
         and (l, T)."""
         parts = []
         for path in study.images:
-            image = data.load_image(path, self.images)
-            height, width = student.smart_resize(image.height, image.width,
-                                                 max_pixels=self.max_pixels)
-            resized = image.resize((width, height), Image.Resampling.BICUBIC)
+            with data.DECODERS:  # of the requests in flight, few decode a film at a time
+                image = data.load_image(path, self.images)
+                height, width = student.smart_resize(image.height, image.width,
+                                                     max_pixels=self.max_pixels)
+                resized = image.resize((width, height), Image.Resampling.BICUBIC)
+                del image  # which may be far larger
             parts.append(endpoint.image_part(resized, "PNG"))
         text = self.prompt(study)
         messages = [{"role": "user", "content": [*parts, {"type": "text", "text": text}]}]

@@ -258,6 +258,7 @@ def run(args):
     server, task = open_server(args), data.load_task(args.task_file)
     studies, _, refusals = data.training_studies(
         args.studies, task, args.split, args.teachers, args.refusals)
+    training.require_same_inputs(args, studies=studies)
     with RunFolder(args, ("studies", "task_file", "student")) as folder:
         made = {"student": args.student, "positives": folder.path / "positives.jsonl"}
         if folder.finished:

@@ -185,6 +185,7 @@ def run(args):
     studies, names, dropped = data.training_studies(
         args.studies, task, args.split, args.teachers, args.refusals)
     replay = read_replay(args.replay, task, args.replay_rows)
+    training.require_same_inputs(args, studies=studies, replay=replay)
     with RunFolder(args, ("studies", "task_file", "student", "replay")) as folder:
         if folder.finished:
             return folder.outputs("learn")
@@ -195,7 +196,6 @@ def run(args):
             processor, studies, prompt, lambda s: s.trajectories.values(), args, folder)
         plan = training.Plan(lengths, args)
         ranks.print_once(f"learn: {plan}; teachers {', '.join(names)}; {dropped} refusals dropped")
-
         model = training.open_student(args, processor, folder, device)
         parameters = student.set_trainable(
             model, train, args.lora_r, args.lora_alpha, args.lora_dropout, args.seed)
@@ -210,8 +210,7 @@ def run(args):
 
         training.warm_up(packed, plan, encode, model)
         if args.dry_run:
-            return training.report_dry_run(
-                plan, model, packed, encode, parameters, optimizer, 10_686)
+            return training.report_dry_run(plan, packed, encode, parameters, optimizer, 10_686)
         keys = ("loss", "replay_loss", "tokens", *(f"loss/{name}" for name in names))
         start, log = folder.resume(parameters, optimizer, keys, device)
         for step, batches in training.steps(plan, start, encode, model, log, args, "learn"):

@@ -18,6 +18,7 @@ V vocabulary.
 """
 
 import copy
+import hashlib
 import json
 import math
 import os
@@ -62,7 +63,7 @@ from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as qwen2_
 import data  # noqa: E402
 from runtime import adapter  # noqa: E402
 from runtime.checkpoint import as_umask_says  # noqa: E402
-from runtime.records import read_json  # noqa: E402
+from runtime.records import printable, read_json  # noqa: E402
 
 # all linear layers of the decoder
 LORA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -104,6 +105,8 @@ def require_family(path):
     path  folder or hub id, of which only config.json and the index of the weights are read; of an
           adapter's folder adapter_config.json, and these of its base
     """
+    if not str(path):  # as NAME= in evaluate.py; Path would take the working directory
+        raise ValueError("--student: empty, expected the folder or hub id of a Qwen2.5-VL")
     of_adapter, base = adapter.is_adapter(path), adapter.base_of(path)
     name, where = f"--student {path}", ""
     if of_adapter:
@@ -144,26 +147,32 @@ def require_family(path):
 def load(path, bf16=False, device="cpu", gradient_checkpointing=False):
     """Loads a Qwen2.5-VL of any size, in eval mode; safetensors only, no remote code.
 
-    What generation_config.json says is left out: no figure hangs on it, and nothing of it is saved.
+    What generation_config.json and config.json say of generating is left out: no figure hangs on
+    it, and nothing of it is saved.
 
     path    folder or hub id; of an adapter's folder the base is loaded, with the adapter in it
     bf16    weights in bf16, else in fp32
     device  torch.device or its name, where the model is put
     gradient_checkpointing  recompute each layer in the backward pass (in train mode)
-    Returns the model. Raises ValueError for another family and for weights that cannot be read.
+    Returns the model. Raises ValueError for another family, for weights that cannot be read, and
+    where they are not those of config.json.
     """
     require_family(path)
     base = adapter.base_of(path)
     try:
-        model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        model, found = Qwen2_5_VLForConditionalGeneration.from_pretrained(
             base, dtype=torch.bfloat16 if bf16 else torch.float32, attn_implementation="sdpa",
-            use_safetensors=True)
+            use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True,
+            generation_config=GenerationConfig())
     except (SafetensorError, OSError) as error:
         raise ValueError(
             f"--student {base}: expected its weights as safetensors: {error}") from None
+    require_its_weights(base, found)
     if adapter.is_adapter(path):
         load_adapter(model, path)
-    model.generation_config = GenerationConfig.from_model_config(model.config)
+    # It fills what `sample` leaves open: no field of it comes from the folder, not even from the
+    # fields for generating that config.json may have too.
+    model.generation_config = GenerationConfig()
     embed = model.model.visual.patch_embed
     # Patches do not overlap, so their convolution is a matrix product. Conv3d is several times
     # slower, on a CPU and in bf16.
@@ -172,6 +181,41 @@ def load(path, bf16=False, device="cpu", gradient_checkpointing=False):
     if gradient_checkpointing:
         enable_gradient_checkpointing(model)
     return model.to(device).eval()
+
+
+def require_its_weights(path, found):
+    """Raises ValueError unless a student's weights are all that its config.json describes.
+
+    transformers draws the weights that a folder lacks at random. A head that is tied to the
+    embedding is not missed.
+
+    path   folder or hub id
+    found  what from_pretrained says with output_loading_info
+    """
+    faults = [f"{name} is missing" for name in sorted(found["missing_keys"])]
+    faults += [f"{name} is unexpected" for name in sorted(found["unexpected_keys"])]
+    faults += [f"{name} has the shape {tuple(there)}, expected {tuple(wanted)}"
+               for name, there, wanted in sorted(found["mismatched_keys"])]
+    if faults:
+        more = f" and {len(faults) - 3} more faults" if len(faults) > 3 else ""
+        raise ValueError(f"--student {path}: expected the weights that its config.json describes, "
+                         f"found that {printable(', '.join(faults[:3]))}{more}")
+
+
+def digest(model, processor):
+    """A text that differs where another student was loaded, also one of the same size.
+
+    model      the student
+    processor  Processor, for its tokenizer and image processor
+    The bits of the weights are added up as whole numbers, which takes no order and no rounding.
+    """
+    parts = [processor.tokenizer.backend_tokenizer.to_str(),
+             processor.image_processor.to_json_string(), model.config.to_json_string()]
+    for name, p in model.named_parameters():
+        bits = p.detach().view(torch.int32 if p.element_size() == 4 else torch.int16).view(-1)
+        total = sum(int(some.sum(dtype=torch.int64)) for some in bits.split(2**24))
+        parts.append(f"{name} {tuple(p.shape)} {total}")
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
 
 
 # --------------------------------------------------------------------- what it sees of a study
@@ -189,9 +233,9 @@ class Processor:
                 responses are cut (training.drop_long finds these studies); None: no bound
     max_length  tokens of image, prompt and one response at most; in a longer sequence the end of
                 that response is cut; None: no bound
-    Raises ValueError where the tokenizer or the image processor cannot be read, and for more pixels
-    than the image processor allows. The chat format is written here because transformers'
-    AutoProcessor needs torchvision.
+    Raises ValueError where the tokenizer or the image processor cannot be read or is not that of a
+    Qwen2.5-VL, and for more pixels than the image processor allows or fewer than it enlarges to.
+    The chat format is written here because transformers' AutoProcessor needs torchvision.
     """
 
     def __init__(self, student, task, images=".", max_pixels=None, max_tokens=None,
@@ -206,13 +250,24 @@ class Processor:
             raise ValueError(f"--student {student}: expected the tokenizer and image processor "
                              f"of a Qwen2.5-VL: {error}") from None
         self.saved_size = self.image_processor.size  # its bounds of height x width, in pixels
-        allowed = self.saved_size["longest_edge"]
+        least, allowed = self.saved_size["shortest_edge"], self.saved_size["longest_edge"]
+        config = f"{source}/preprocessor_config.json"
+        if type(least) is not int or type(allowed) is not int or not 0 < least <= allowed:
+            raise ValueError(f"{config}: shortest_edge {least!r} and longest_edge {allowed!r}, "
+                             "expected numbers of pixels, the first not above the second")
+        for key, value in (("patch_size", 14), ("merge_size", 2), ("temporal_patch_size", 2),
+                           ("do_resize", True)):  # --max_pixels holds only with these
+            if (found := getattr(self.image_processor, key)) != value:
+                raise ValueError(f"{config}: {key} is {found!r}, expected {value} as of a "
+                                 "Qwen2.5-VL")
         if max_pixels is not None and max_pixels > allowed:
-            raise ValueError(f"--max_pixels {max_pixels}: {source}/preprocessor_config.json allows "
-                             f"{allowed}, expected {allowed} or less")
+            raise ValueError(f"--max_pixels {max_pixels}: {config} allows {allowed}, "
+                             f"expected {allowed} or less")
         self.max_pixels = min(MAX_PIXELS, allowed) if max_pixels is None else max_pixels
-        self.image_processor.size = {"shortest_edge": self.saved_size["shortest_edge"],
-                                     "longest_edge": self.max_pixels}
+        if least > self.max_pixels:
+            raise ValueError(f"--max_pixels {self.max_pixels}: {config} enlarges an image to "
+                             f"{least}, expected {least} or more")
+        self.image_processor.size = {"shortest_edge": least, "longest_edge": self.max_pixels}
         special = self.tokenizer.convert_tokens_to_ids
         self.start, self.end = special("<|im_start|>"), special("<|im_end|>")
         self.vision_start, self.vision_end = special("<|vision_start|>"), special("<|vision_end|>")

@@ -24,9 +24,13 @@ from tqdm import tqdm
 import data
 import student
 from runtime import adapter, ranks
+from runtime.checkpoint import fingerprint
 from runtime.records import atomic, printable
 from runtime.shared import loader, shared_map
 
+# flags that may differ between ranks: where something lies on a node, and how it is loaded there
+MAY_DIFFER = ("studies", "images", "task_file", "student", "replay", "positives", "output_dir",
+              "server", "num_workers")
 # what the message of an image that cannot be read ends with
 WAY_ON = ("; mend it and the same command goes on, or begin anew with --resume never "
           "--skip_broken, which leaves out such studies; tools/check.py lists them")
@@ -48,6 +52,26 @@ def schedule(step, total_steps, peak, minimum, warmup_steps):
     return minimum + 0.5 * (peak - minimum) * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+def require_same_inputs(args, **lists):
+    """Raises ValueError, on all ranks, where they have other flags, another task or other records.
+
+    args   the flags; where a file or folder lies, and what loads it, may differ
+    lists  of data.Study, by the flag that they were read from; their order counts
+    """
+    def read():
+        seen = {f"--{flag}": str(value) for flag, value in sorted(vars(args).items())
+                if flag not in (*MAY_DIFFER, *lists)}
+        seen["--task_file"] = args.task_file and fingerprint(args.task_file)[:12]
+        for flag, studies in lists.items():
+            digest = hashlib.sha256()
+            for study in studies:
+                digest.update(repr(study).encode())
+            seen[f"--{flag}"] = f"{len(studies)} records, sha256 {digest.hexdigest()[:12]}"
+        return seen
+
+    ranks.require_same(read)
+
+
 def open_processor(args, task):
     """The student.Processor of a stage's flags. task: data.Task."""
     return student.Processor(args.student, task, args.images, args.max_pixels, args.max_tokens,
@@ -65,9 +89,10 @@ def open_student(args, processor, folder, device):
     saved, which would else show only when all steps are done.
     """
     model = student.load(args.student, args.bf16, device, args.gradient_checkpointing)
+    ranks.require_same(lambda: {"--student": student.digest(model, processor)})
 
     def save():
-        with tempfile.TemporaryDirectory(prefix=".tmp-", dir=folder.path) as temporary:
+        with tempfile.TemporaryDirectory(prefix=".tmp-student-", dir=folder.path) as temporary:
             student.save_all_but_weights(model, processor, temporary, card=args.student)
 
     try:
@@ -102,6 +127,9 @@ def drop_long(processor, studies, prompt, responses, args, folder):
         if fit is not None:
             kept.append(study)
             tokens.append(prefix + sum(fit))
+    found = hashlib.sha256(repr((tokens, long)).encode()).hexdigest()[:12]
+    ranks.require_same(lambda: {
+        "the studies' lengths, from the sizes of their images and the tokenizer": found})
     if long:
         cut = [study["cut"] for study in long if study["cut"]]
         or_length = f" or --max_length {args.max_length}" if args.max_length else ""
@@ -445,11 +473,10 @@ def update(parameters, optimizer, learning_rate, max_grad_norm):
 
 # ---------------------------------------------------------------- the end of a dry run, of a run
 
-def report_dry_run(plan, model, packed, encode, parameters, optimizer, paper_steps):
+def report_dry_run(plan, packed, encode, parameters, optimizer, paper_steps):
     """Prints what --dry_run found: the batch arithmetic, tokens, memory, and the time of a step.
 
     plan         Plan
-    model        the student
     packed       what `wrap` returns, which `warm_up` has called: there are gradients, of 0
     encode(epoch, index)  returns an example as student.Processor does
     parameters   {name: parameter} of what trains
@@ -458,6 +485,7 @@ def report_dry_run(plan, model, packed, encode, parameters, optimizer, paper_ste
     A step with gradients of 0 is taken here, in which the optimiser makes its state, and then the
     longest micro-batch passes beside that state, so that the peak of memory is that of training.
     """
+    model = getattr(packed, "module", packed).model  # DDP has the packed student in .module
     began = time.perf_counter()
     update(parameters, optimizer, 0.0, 1.0)
     seconds = time.perf_counter() - began

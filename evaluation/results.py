@@ -5,9 +5,9 @@
                            command continues from there
 """
 
+import contextlib
 import hashlib
 import json
-import shutil
 from pathlib import Path
 
 import data
@@ -29,13 +29,17 @@ def begin(args, inputs, benches):
     where --output is a file of something else.
     """
     settings = {key: value for key, value in vars(args).items() if key not in QUIET}
-    digest = digest_of(benches)
-    settings["sha256"] = [*(fingerprint(path) for path in inputs if path), digest]
+    digests = {path: fingerprint(path) for path in inputs if path}
+    digests["the studies and the sizes of their images"] = digest_of(benches)
+    seen = {f"--{name}": str(value) for name, value in settings.items()}
+    settings["sha256"] = list(digests.values())
+    settings = json.loads(json.dumps(settings))  # as a file gives them back
+    before = read_before(args.output) if args.output else None
+    held = hashlib.sha256(json.dumps(before).encode()).hexdigest() if before else "no results"
+    ranks.require_same(lambda: {**seen, **digests, f"what --output {args.output} holds": held})
     if not args.output:
         return None, settings, None
-    settings = json.loads(json.dumps(settings))  # as a file gives them back
     key = hashlib.sha256(json.dumps(settings).encode()).hexdigest()[:16]
-    before = read_before(args.output)
     known = before is not None and before["settings"] == settings
     return before if known else None, settings, Path(f"{args.output}.parts") / key
 
@@ -54,10 +58,10 @@ def read_before(path):
     """The content of a results file, None without a file. Raises ValueError for another file."""
     if not Path(path).exists():
         return None
-    try:
-        before = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        before = None
+    before = None
+    if Path(path).is_file():  # reading a pipe would wait
+        with contextlib.suppress(ValueError, RecursionError):
+            before = json.loads(Path(path).read_text(encoding="utf-8"))
     if not isinstance(before, dict) or "settings" not in before:
         raise ValueError(f"{path}: exists and was not written by evaluate.py, "
                          "expected another --output")
@@ -81,12 +85,27 @@ def end(args, content, known=False):
     if args.output and not known:
         text = json.dumps(content, indent=1) + "\n"
         ranks.on_rank_zero(lambda: write_text(Path(args.output), text))
-        ranks.on_rank_zero(lambda: shutil.rmtree(f"{args.output}.parts", ignore_errors=True))
+        ranks.on_rank_zero(lambda: remove_parts(Path(f"{args.output}.parts")))
     if args.json:
         ranks.print_once(json.dumps({"rows": content["rows"], "missing": len(missing)}))
     if missing and args.strict:
         raise SystemExit(1)
     return content["rows"]
+
+
+def remove_parts(folder):
+    """Removes OUT.parts: of all settings what `begin` and shared_map make, and nothing else.
+
+    folder  which stays where other files are in it
+    """
+    keys = [key for key in folder.glob("?" * 16) if not key.is_symlink()]
+    parts = [part for key in keys for part in key.rglob("part-*.jsonl")]
+    for part in parts:
+        part.unlink()
+    inner = {above for part in parts for above in part.parents if folder in above.parents}
+    for path in sorted({folder, *inner}, reverse=True):
+        with contextlib.suppress(OSError):  # other files are in it
+            path.rmdir()
 
 
 def missing_lines(missing, output):

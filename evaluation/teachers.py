@@ -432,8 +432,9 @@ def measure(studies, task, against="labels", uncertain="negative", encoder=None,
         texts = [study.trajectories[name] for study in studies if name in study.trajectories]
         said = heard.get(name, [])
         share, n = accuracy(said, truth, task)
-        declines = [data.is_refusal(text, task) for text in texts]
         nothing = [reading == {} for reading in read[name] if reading is not None]
+        # a text in which something was read does not decline, so it is not read a second time
+        declines = [unread and data.is_refusal(text, task) for unread, text in zip(nothing, texts)]
         rows[name] = {"texts": len(texts),
                       **precision_recall(said, truth, task, uncertain),
                       "similarity": similarity[name],

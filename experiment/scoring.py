@@ -47,6 +47,8 @@ def student_scores(folder, studies, task, images, seed):
     and 'greedy' also have "styles" of evaluate.styles.
     """
     model, result = student.load(folder), {}
+    said = evaluate.read_teachers(studies, task)
+    votes = evaluate.votes_of(said, task)
     for mode in MODES:
         make_processor = VoicedProcessor if mode == "voiced" else student.Processor
         processor = make_processor(folder, task, images)
@@ -55,9 +57,9 @@ def student_scores(folder, studies, task, images, seed):
             model, processor, studies, task, temperature, seed, batch_size=50,
             max_new_tokens=ANSWER, desc=f"{folder.parent.name}, {mode}")
         readings = [data.read_classes(text, task) for text in texts]
-        result[mode] = evaluate.score(readings, studies, task)
+        result[mode] = evaluate.score(readings, studies, task, votes)
         if mode == "voiced":
-            result["inherited"] = inherited(readings, studies, task)
+            result["inherited"] = inherited(readings, studies, said, votes)
         else:
             result[mode]["styles"] = evaluate.styles(texts, studies)
     return result
@@ -69,19 +71,20 @@ def text_scores(texts, studies, task):
     texts  {mode: {study id: text}}; a study without a text counts as unread
     Returns {mode: what evaluate.score returns}.
     """
-    result = {}
+    votes, result = evaluate.votes_of(evaluate.read_teachers(studies, task), task), {}
     for mode, by_id in texts.items():
         readings = [data.read_classes(by_id.get(study.id, ""), task) for study in studies]
-        result[mode] = evaluate.score(readings, studies, task)
+        result[mode] = evaluate.score(readings, studies, task, votes)
     return result
 
 
-def inherited(readings, studies, task):
+def inherited(readings, studies, said, votes):
     """How much of a teacher's error comes with its voice (Obs. 1.2).
 
     readings  {finding: class} of the 'voiced' answer to each study
     studies   [data.Study] with labels and trajectories
-    task      data.Task
+    said      what evaluate.read_teachers returns of them
+    votes     what evaluate.votes_of returns of them
     Returns three shares, None where there is no such error:
         own     where the teacher whose voice it is errs, how often the student gives that same
                 wrong class
@@ -90,9 +93,9 @@ def inherited(readings, studies, task):
     """
     errors, repeated = Counter(), Counter()
     for reading, study in zip(readings, studies):
-        given = {name: data.read_classes(text, task) for name, text in study.trajectories.items()}
+        given = {**said[study.id], "vote": votes[study.id]}
         kinds = {name: "own" if name == voice(study) else "others" for name in given}
-        given["vote"], kinds["vote"] = data.vote(study.trajectories, task), "vote"
+        kinds["vote"] = "vote"
         for name, classes in given.items():
             for finding, truth in study.labels.items():
                 if classes.get(finding) not in (None, truth):
@@ -111,7 +114,8 @@ def baselines(scored, train, validate, task):
     task      data.Task
     Returns {row: what evaluate.score returns}.
     """
-    rows = evaluate.baselines(scored, train, task)
-    on_validate = evaluate.baselines(validate, train, task)
+    rows = evaluate.baselines(scored, train, task, evaluate.read_teachers(scored, task))
+    said = evaluate.read_teachers(validate, task)
+    on_validate = evaluate.baselines(validate, train, task, said)
     best = max(TEACHERS, key=lambda name: on_validate[name]["mean"])
     return {**rows, BEST: rows[best]}

@@ -368,26 +368,28 @@ def _mark_alternatives(events):
     for at, middle in enumerate(events):
         if middle.kind not in ("or", "versus"):
             continue
-        before, right = events[:at], next(iter(events[at + 1:]), None)
-        lists = before and before[-1].kind == "," and middle.start - before[-1].end <= 1
-        before = before[:-1] if lists else before
-        precedes = before and before[-1].kind in _TARGETS and middle.start - before[-1].end <= 15
+        right = events[at + 1] if at + 1 < len(events) else None
+        lists = at and events[at - 1].kind == "," and middle.start - events[at - 1].end <= 1
+        last = at - 2 if lists else at - 1  # where the mention before it is
+        precedes = (last >= 0 and events[last].kind in _TARGETS
+                    and middle.start - events[last].end <= 15)
         follows = right and right.kind in _TARGETS and right.start - middle.end <= 40
         if precedes:
             # "A, B or both"
             both = middle.end - middle.start > len("or") and middle.kind == "or"
-            for left in _listed(before) if lists or both else before[-1:]:
+            for left in _listed(events, last) if lists or both else [events[last]]:
                 left.after = left.after or "unc"
         if follows and (precedes or middle.kind == "versus"):
             right.after = right.after or "unc"
 
 
-def _listed(events):
-    """The mentions of a list "A, B" that the events end with, right to left."""
+def _listed(events, last):
+    """The mentions of a list "A, B" whose last one is events[last], right to left."""
     expected = "target"
-    for event in reversed(events):
+    for at in range(last, -1, -1):
+        event = events[at]
         is_target = event.kind in _TARGETS
-        is_explained = "Lung Opacity" in event.findings and event is not events[-1]
+        is_explained = "Lung Opacity" in event.findings and at != last
         if is_target != (expected == "target") or is_explained or not (
                 is_target or event.kind == ","):
             return

@@ -367,11 +367,19 @@ def _bare_words(classes, positive):
     told += [(value, [word]) for values, words in ((list(positive), ("yes", "true")),
                                                    (healthy, ("no", "false")))
              if positive and len(values) == 1 for value in values for word in words]
-    gap = rf"\W+(?:\w+\W+){{0,{GAP}}}?"
-    bare = [(value, words[0].lower(),
-             re.compile(rf"(?<![\w.]){gap.join(map(re.escape, words))}(?!\w|\.\d)", re.IGNORECASE))
-            for value, words in told if words]
+    bare = [(value, words[0].lower(), _apart(words)) for value, words in told if words]
     return sorted(bare, key=lambda row: -len(row[2].pattern))
+
+
+def _apart(words):
+    """The expression of words with up to GAP others between each two of them.
+
+    Of each word it takes the nearest one: to try the others too would take 5 times as long a word.
+    """
+    expression = rf"(?<![\w.]){re.escape(words[0])}"
+    for word in words[1:]:
+        expression += rf"(?>\W+(?:\w+\W+){{0,{GAP}}}?{re.escape(word)}(?!\w))"
+    return re.compile(rf"{expression}(?!\w|\.\d)", re.IGNORECASE)
 
 
 def _without_finding(phrase):

@@ -9,7 +9,6 @@ Both readers (findings.py, phrases.py) unfold a text before they read it. Runnin
 is. O(length).
 """
 
-import ast
 import json
 import re
 
@@ -27,14 +26,18 @@ MOST_FAULTY = 50  # places that look like JSON and are none, before no more are 
 # an object anywhere, a list where a line begins or behind a colon
 _JSON_START = re.compile(r"(?=\{\s*[\"'}])|(?:^|(?<=: ))[ \t]*(?=[{\[])", re.MULTILINE)
 _DECODER = json.JSONDecoder()
+# Python's own parser takes a minute for 50 kB of faulty text.
+_PYTHON = re.compile(r"""'((?:[^'\\\n]|\\.)*)'|("(?:[^"\\\n]|\\.)*")|\b(?:True|False|None)\b""")
+_TRAILING_COMMA = re.compile(r",(\s*[}\]])")
 _FENCE = re.compile(r"^ *```\w* *$", re.MULTILINE)
 _SENTENCE = re.compile(r"[.:;](?:\s|$)")
 _TICK = re.compile(r"[xX✓✔✅☑☒]|\[[xX]\]|\([xX]\)")
 _MARK = re.compile(rf"(?:{_TICK.pattern}|[-–☐]|\[ ?\]|\( ?\))?")
 _ARROW = re.compile(r"(?<! ) *(?:-{1,9}>|={1,9}>|→|⇒) *| = ")
 _SIDES = re.compile(r"\b(left|right) ?: *(\w+ ?), ?(left|right) ?:", re.IGNORECASE)
-_LABELLED = re.compile(r"[\W\d]*[^:;,.|]{2,60}:\W*\s")
-_NEXT_LABEL = re.compile(r"[,;]\s+(?=[\W\d]*[^\W\d][^:;,.|]{0,40}:\W*\s)")
+# of marks and digits at most 30, or "1, 1, 1, ..." would be looked through from each comma on
+_LABELLED = re.compile(r"[\W\d]{0,30}[^:;,.|]{2,60}:\W{0,30}\s")
+_NEXT_LABEL = re.compile(r"[,;]\s+(?=[\W\d]{0,30}[^\W\d][^:;,.|]{0,40}:\W{0,30}\s)")
 _HEADING = re.compile(
     rf"\W*(?:\d{{1,2}}[.)]\s*)?(?:(?:{'|'.join(NAMES)})[\s*_]*:[\s*_]*)?"
     r"([^\W\d][^:.|]{0,59}?)[\s*_:]*", re.IGNORECASE)
@@ -99,10 +102,10 @@ def _without_json(text):
             break
         try:
             value, stop = _decode(text, match.end())
-        except (ValueError, SyntaxError):
+        except ValueError:
             failed += 1
             continue
-        except (RecursionError, MemoryError):
+        except RecursionError:
             break
         items = [value] if isinstance(value, dict) else value
         # "[1] Edema" is a reference, "[ ]" a box
@@ -115,8 +118,7 @@ def _without_json(text):
 def _decode(text, start):
     """(value, end) of the JSON at a place of a text, or of a Python literal with single quotes.
 
-    Raises ValueError or SyntaxError where there is neither, RecursionError or MemoryError where it
-    is too deep.
+    Raises ValueError where there is neither, RecursionError where it is too deep.
     """
     try:
         return _DECODER.raw_decode(text, start)
@@ -124,7 +126,16 @@ def _decode(text, start):
         if not re.match(r"[{\[]\s*\{?\s*'", text[start:start + 20]):
             raise
     end = 1 + max(text.rfind("}"), text.rfind("]"))
-    return ast.literal_eval(text[start:end]), end
+    said = _TRAILING_COMMA.sub(r"\1", _PYTHON.sub(_as_json, text[start:end]))
+    return json.loads(said), end
+
+
+def _as_json(match):
+    """A text in quotes, True, False or None of Python as JSON."""
+    if match[1] is None:
+        return match[2] or {"True": "true", "False": "false", "None": "null"}[match[0]]
+    said = match[1].replace("\\'", "'").replace('\\"', '"').replace('"', '\\"')
+    return f'"{said}"'
 
 
 def _json_lines(value, label=""):

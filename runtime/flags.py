@@ -273,11 +273,22 @@ def parse(parser, presets, argv=None, note=""):
     name = first.preset or ("paper" if first.studies else "demo")
     parser.set_defaults(**presets.get(name, {}), preset=name)
     args = parser.parse_args(argv)
+    refuse_empty(args, parser)
     args.earlier = False  # whether a later stage asks for this one
     refuse_combinations(args, parser)
     if args.studies is None:
         args.output_dir = args.output_dir or "runs/demo"
     return args
+
+
+def refuse_empty(args, parser):
+    """Exits with status 2 where a flag has an empty text.
+
+    A shell makes one of "$UNSET", and as a path it would be the working directory.
+    """
+    for name, value in vars(args).items():
+        if "" in (value if isinstance(value, list) else [value]):
+            parser.error(f"--{name}: empty, expected a text, such as a path")
 
 
 def refuse_combinations(args, parser):
@@ -325,7 +336,7 @@ def require(args, **how):
         if name == "output_dir" and getattr(args, "dry_run", False):
             continue
         hub_id = name == "student" and value and value.count("/") == 1
-        if value is None or not (name == "output_dir" or hub_id or os.path.exists(value)):
+        if not value or not (name == "output_dir" or hub_id or os.path.exists(value)):
             raise ValueError(f"--{name}{' ' + value if value else ''}: missing; {hint}")
 
 

@@ -174,6 +174,24 @@ def gather(value):
     return values
 
 
+def require_same(read):
+    """Stops all ranks together where they have read different things.
+
+    Each node may have a copy of its own of an input, and one of them may be old.
+
+    read()  returns {what it is: a text that differs where it does}; called with several ranks only
+    Raises ValueError, on every rank, that says what differs.
+    """
+    if world() == 1:
+        return
+    first, *others = gather(read())
+    for number, other in enumerate(others, 1):
+        differ = [f"{what}: {first.get(what)} on rank 0, {other.get(what)} on rank {number}"
+                  for what in {**first, **other} if first.get(what) != other.get(what)]
+        if differ:
+            raise ValueError(f"{'; '.join(differ)}: expected the same on all ranks")
+
+
 def print_once(*words):
     """Prints on rank 0 and nowhere else."""
     if rank() == 0:

@@ -13,9 +13,12 @@ and renamed.
 """
 
 import fcntl
+import fnmatch
 import json
+import os
 import platform
 import shutil
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -27,16 +30,20 @@ from runtime import ranks
 from runtime.checkpoint import fingerprint, load_checkpoint, newest_checkpoint, save_checkpoint
 from runtime.log import Log
 from runtime.records import read_json, read_jsonl, remove, write_jsonl, write_text
+from runtime.shared import found_instead, open_own
 
 # flags that change no number; a server may move, which model it serves is a setting
 NOT_SETTINGS = ("output_dir", "base", "earlier", "resume", "resume_anyway", "merge",
                 "logging_steps", "save_steps", "save_total_limit", "num_workers", "dry_run",
                 "server", "server_key_env", "server_concurrency", "i_have_permission")
 
-# all that a run writes into its folder, which --resume never removes; other files may be there too
-OF_A_RUN = ("args.json", "env.json", "log.jsonl", "speed.jsonl", "too_long.jsonl", "broken.jsonl",
-            "finished.json", "positives.jsonl", "dropped.jsonl", "stats.json", "part-*.jsonl",
-            "step-*", "reference.safetensors", "reference.parts", "student", "adapter")
+# What a run writes into its folder, where other files may be too. --resume never removes what the
+# run in args.json wrote; args.json is first here and goes last.
+OF_A_RUN = ("args.json", "env.json", "broken.jsonl", "finished.json")
+OF_TRAINING = ("log.jsonl", "speed.jsonl", "too_long.jsonl", "step-*", "reference.safetensors",
+               "reference.parts", "student", "adapter")
+OF_SAMPLING = ("positives.jsonl", "dropped.jsonl", "stats.json", "part-*.jsonl")
+FOLDERS = ("step-*", "reference.parts", "student", "adapter")
 
 # settings that may change during a run with --resume_anyway, since each step keeps its studies
 SAME_STEPS = {"world_size", "micro_batch", "gradient_checkpointing"}
@@ -63,6 +70,7 @@ class RunFolder:
     def __enter__(self):
         if not self.dry:
             self.lock = ranks.on_rank_zero(self._claim)
+            ranks.require_same(self._seen)
         return self
 
     def __exit__(self, kind, *_):
@@ -74,19 +82,27 @@ class RunFolder:
 
     # ------------------------------------------------------------------------ whose folder it is
 
+    def _seen(self):
+        """What this rank sees of the folder, which must be one folder for all ranks."""
+        held = self._named(written_by(vars(self.args))) if self.path.is_dir() else []
+        digests = [fingerprint(path)[:12] for path in held if path.name == "args.json"]
+        return {"--output_dir": " ".join([*digests, *(path.name for path in held)]) or "nothing"}
+
     def _claim(self):
         """Locks the folder for this command and writes its settings. Returns the lock."""
-        settings = self._settings()
+        settings, anew = self._settings(), self.args.resume == "never"
         self.path.mkdir(parents=True, exist_ok=True)
         lock = self._lock()
-        if self.args.resume == "never":
-            inputs = [Path(path).resolve() for path in self.inputs.values()]
-            for old in [old for pattern in OF_A_RUN for old in self.path.glob(pattern)]:
-                if old.resolve() not in inputs:
-                    remove(old)
-        for old in self.path.glob(".tmp-*"):  # a killed run left these half-written
-            remove(old)
-        if self._is_new_to(settings):
+        self._require_kinds(written_by(settings))
+        is_new = anew or self._is_new_to(settings)
+        claimed = self._require_own(settings)
+        inputs = [Path(path).resolve() for path in self.inputs.values()]
+        for old in reversed(claimed) if anew else ():
+            if old.resolve() not in inputs:
+                remove(old)
+        for old in self._named([f".tmp-{name}" for name in written_by(settings)]):
+            remove(old)  # a killed run left these half-written
+        if is_new:
             write_text(self.path / "args.json", json.dumps(settings, indent=2) + "\n")
             write_text(self.path / "env.json", json.dumps(environment(), indent=2) + "\n")
         return lock
@@ -105,7 +121,7 @@ class RunFolder:
 
     def _lock(self):
         """The locked file .lock. The kernel unlocks it however the process ends."""
-        lock = open(self.path / ".lock", "w")
+        lock = os.fdopen(open_own(self.path / ".lock", os.O_RDWR | os.O_CREAT), "r+b")
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -115,6 +131,41 @@ class RunFolder:
             ranks.print_once(f"warning: {self.path}: {error}; nothing keeps a second run out of "
                              "this folder")
         return lock
+
+    def _named(self, patterns):
+        """The paths in the folder whose names match one of `patterns`, in their order; links that
+        lead nowhere too."""
+        names = [path.name for path in sorted(self.path.iterdir())]
+        return [self.path / name for pattern in patterns for name in fnmatch.filter(names, pattern)]
+
+    def _require_kinds(self, patterns):
+        """Raises SystemExit where a link, a pipe or the like has the name of what a run writes.
+
+        Writing would fail at the end of the run, or reading would wait for ever. In a finished
+        folder, which is only read, links may be.
+        """
+        for path in self._named(patterns):
+            mode = (path.stat() if self.finished else path.lstat()).st_mode
+            is_folder = any(fnmatch.fnmatch(path.name, pattern) for pattern in FOLDERS)
+            if not (stat.S_ISDIR(mode) if is_folder else stat.S_ISREG(mode)):
+                kind = "folder" if is_folder else "regular file"
+                raise SystemExit(f"{path}: {found_instead(mode)}, expected a {kind} that a run has "
+                                 "written; remove it, or choose another --output_dir")
+
+    def _require_own(self, settings):
+        """What the run in args.json has written, [path].
+
+        settings  what `_settings` returns
+        Raises SystemExit where the run would replace something else.
+        """
+        claim = self.path / "args.json"
+        before = read_json(claim) if claim.exists() else None
+        claimed = self._named(written_by(before)) if isinstance(before, dict) else []
+        for path in self._named(written_by(settings)):
+            if path not in claimed:
+                raise SystemExit(f"{path}: is there, but {self.path} has no args.json of a run "
+                                 "that wrote it; expected another --output_dir")
+        return claimed
 
     def _is_new_to(self, settings):
         """Whether the folder's args.json must be written.
@@ -191,6 +242,7 @@ class RunFolder:
         'must' and there is no valid checkpoint.
         """
         path, manifest = newest_checkpoint(self.path)
+        ranks.require_same(lambda: {"the newest checkpoint": str(manifest and manifest["step"])})
         step, sums = 0, None
         if path is not None:
             load_checkpoint(path, parameters, optimizer)
@@ -256,8 +308,14 @@ class RunFolder:
     def mark_finished(self, **what):
         """Writes `what` as finished.json and removes the parts of the work that is finished."""
         self.write_text("finished.json", json.dumps(what) + "\n")
-        for part in self.path.glob("part-*.jsonl") if ranks.rank() == 0 else ():
-            part.unlink()
+        if ranks.rank() == 0 and not hasattr(self.args, "train"):
+            for part in self._named(["part-*.jsonl"]):
+                part.unlink()
+
+
+def written_by(settings):
+    """The patterns of the names that a run writes. settings: its flags; only training has train."""
+    return *OF_A_RUN, *(OF_TRAINING if "train" in settings else OF_SAMPLING)
 
 
 def environment():

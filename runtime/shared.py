@@ -8,9 +8,14 @@ already. So 1 rank and 4 ranks find the same values, whether they were stopped o
 
 import contextlib
 import ctypes
+import hashlib
+import io
 import json
+import multiprocessing.queues
 import os
+import resource
 import signal
+import stat
 import sys
 import threading
 from multiprocessing.pool import ThreadPool
@@ -42,7 +47,8 @@ def shared_map(keys, encode, work, batch_size=1, parts=None, num_workers=0, thre
     batches = [keys[i:i + batch_size] for i in range(0, len(keys), batch_size)]
     values = read_parts(parts) if parts else {}
     batches = [batch for batch in batches if not all(key in values for key in batch)]
-    ranks.barrier()  # nobody writes before everybody has read
+    # nobody goes on, and writes, before everybody has read
+    ranks.require_same(lambda: {f"what is to do, and done in {parts}": digest(batches, values)})
     mine, found, unreadable = batches[ranks.rank()::ranks.world()], {}, {}
 
     def guarded(key):
@@ -60,7 +66,9 @@ def shared_map(keys, encode, work, batch_size=1, parts=None, num_workers=0, thre
         part = None
         if parts:
             Path(parts).mkdir(parents=True, exist_ok=True)
-            part = stack.enter_context(open(Path(parts) / f"part-{ranks.rank()}.jsonl", "ab"))
+            handle = open_own(Path(parts) / f"part-{ranks.rank()}.jsonl",
+                              os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+            part = stack.enter_context(os.fdopen(handle, "ab"))
         if threads:
             stream = stack.enter_context(ThreadPool(threads)).imap_unordered(threaded, mine)
         else:
@@ -77,6 +85,13 @@ def shared_map(keys, encode, work, batch_size=1, parts=None, num_workers=0, thre
         if failed is not None:
             failed.update(missing)
     return {key: values[key] for key in keys if key in values}
+
+
+def digest(batches, values):
+    """The batches that are left and what is done, as a text."""
+    content = json.dumps([batches, values], sort_keys=True, ensure_ascii=False)
+    sha256 = hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
+    return f"{len(batches)} batches, {len(values)} done, sha256 {sha256[:12]}"
 
 
 class Unreadable(str):
@@ -107,7 +122,9 @@ def read_parts(folder):
     """What earlier calls have written, {key: value}, without lines that are incomplete."""
     values = {}
     for part in sorted(Path(folder).glob("part-*.jsonl")):
-        for line in part.read_bytes().split(b"\n")[:-1]:
+        with os.fdopen(open_own(part, os.O_RDONLY), "rb") as file:
+            lines = file.read().split(b"\n")[:-1]
+        for line in lines:
             try:
                 key, value = json.loads(line)
             except ValueError:
@@ -116,19 +133,47 @@ def read_parts(folder):
     return values
 
 
+def open_own(path, flags):
+    """Opens a file that a run has written or writes: no link, and no pipe, which would wait.
+
+    path   of the file
+    flags  of os.open
+    Returns its handle. Raises ValueError for anything but a regular file.
+    """
+    try:
+        handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
+    except OSError:
+        if os.path.lexists(path) and not stat.S_ISREG(mode := os.lstat(path).st_mode):
+            raise ValueError(f"{path}: {found_instead(mode)}, expected a regular file") from None
+        raise
+    if not stat.S_ISREG(mode := os.fstat(handle).st_mode):
+        os.close(handle)
+        raise ValueError(f"{path}: {found_instead(mode)}, expected a regular file")
+    return handle
+
+
+def found_instead(mode):
+    """What a path leads to, for a message. mode: its st_mode."""
+    kinds = {stat.S_IFLNK: "a link", stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe",
+             stat.S_IFREG: "a regular file"}
+    return f"found {kinds.get(stat.S_IFMT(mode), 'something else')}"
+
+
 # ---------------------------------------------------------------------------------- the loader
 
 def loader(encode, batches, num_workers=0):
-    """A DataLoader that gives each batch as a list of examples.
+    """An iterable of each batch as a list of examples.
 
     encode(key)  returns an example
     batches      list of lists of keys
     num_workers  processes that encode; 0: this process does
     """
-    return torch.utils.data.DataLoader(
+    if num_workers:
+        allow_open_files()
+    loaded = torch.utils.data.DataLoader(
         Items(encode),
         batch_sampler=batches,
-        collate_fn=list,
+        collate_fn=as_one_tensor if num_workers else list,
         num_workers=num_workers,
         worker_init_fn=_in_worker,
         # a generator of its own, since iter(DataLoader) would else draw from the global one
@@ -136,6 +181,31 @@ def loader(encode, batches, num_workers=0):
         # `encode` is a function within a function, which cannot be pickled; from Python 3.14 on
         # the default would pickle it
         multiprocessing_context="fork" if num_workers else None)
+    return map(of_one_tensor, loaded) if num_workers else loaded
+
+
+def allow_open_files():
+    """Raises the limit of open files as far as a process may; it is often 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2**16 if hard == resource.RLIM_INFINITY else min(hard, 2**16)
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def as_one_tensor(examples):
+    """A batch as one tensor of bytes, on its way from a loader process.
+
+    Each tensor that travels is an open file until it is freed, and the studies of a batch, with 20
+    teachers each, have more than the 1,024 that many systems allow.
+    """
+    content = io.BytesIO()
+    torch.save(examples, content)
+    return torch.frombuffer(content.getbuffer(), dtype=torch.uint8)
+
+
+def of_one_tensor(content):
+    """The examples that `as_one_tensor` was given."""
+    return torch.load(io.BytesIO(content.numpy()), weights_only=False)  # bytes of our own process
 
 
 class Items:
@@ -154,13 +224,22 @@ def _in_worker(_):
     A scheduler sends SIGTERM to every process, but the main process needs its loader to finish its
     step. So a SIGTERM ends the worker only where the main process sent it, as it does after an
     error. And the worker ends when its main process is killed: until then it would hold the run's
-    lock and sockets.
+    lock and sockets. A batch that cannot be sent ends the worker, and so the command: the main
+    process would else wait for it for ever.
     """
+    multiprocessing.queues.Queue._on_queue_feeder_error = staticmethod(_end_unsent)
     os.setpgid(0, 0)
     if sys.platform == "linux":
         signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
         threading.Thread(target=_end_if_asked_by, args=(os.getppid(),), daemon=True).start()
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _end_unsent(error, _):
+    """Ends a loader process after an error in the thread that sends its batches."""
+    sys.stderr.write(f"a loader process could not send a batch: {error}\n")
+    sys.stderr.flush()
+    os._exit(1)
 
 
 def _end_if_asked_by(parent):

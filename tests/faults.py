@@ -28,6 +28,8 @@ step-N/ do.
     full_disk:step=N,bytes=B             no file may grow beyond B bytes inside the save of step N
                                          ('finish': inside the last writing, 'all': from the start),
                                          by RLIMIT_FSIZE: a write then fails as on a full disk
+    node:folder=PATH                     the rank works in another folder, as on a node of its own:
+                                         a relative path leads it to another file
     hold:step=N                          says "holding" and waits before the optimiser's step N, to
                                          be killed from outside
 """
@@ -241,6 +243,7 @@ FAULTS = {
     "kill_save": kill_save,
     "kill_batch": kill_batch,
     "hold": hold,
+    "node": lambda folder: os.chdir(folder),
     "out_of_memory": out_of_memory,
     "error": error,
     "full_disk": full_disk,

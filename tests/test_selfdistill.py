@@ -5,6 +5,7 @@ And the stage: it writes the same file however it is run.
 
 import json
 import math
+import shutil
 from collections import Counter
 
 import pytest
@@ -466,6 +467,7 @@ def test_a_line_that_a_kill_tore_is_closed_before_the_next_one(done, flags, tmp_
     """Killed twice: the first run's torn end must not swallow the first record of the second."""
     folder = tmp_path / "torn"
     folder.mkdir()
+    shutil.copy(done[0] / "args.json", folder)
     (folder / "part-0.jsonl").write_bytes(TORN)
     with monkeypatch.context() as patch:
         patch.setattr(selfdistill, "statistics", lambda *args: 1 / 0)

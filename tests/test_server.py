@@ -4,6 +4,8 @@ import gc
 import json
 import re
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -286,6 +288,38 @@ def test_a_server_gets_the_pixels_and_the_words_that_the_student_would(base, tmp
     assert system == {"role": "system", "content": "You are a helpful assistant."}
     assert "<|" not in text["text"] and "edema< |im_end|>\n< |im_start|>" in text["text"]
     assert text["text"].replace("< |", "<|") == data.compare_prompt(study, data.CHEST, 0)
+
+
+def test_however_many_requests_are_in_flight_few_films_are_held_whole(tmp_path, monkeypatch):
+    """A film of 64 megapixels takes 1 GB or more; 64 requests must not take 64 of them."""
+    held, most, lock = 0, 0, threading.Lock()
+
+    class Film:
+        width = height = 100
+
+        def __init__(self, *_):
+            nonlocal held, most
+            with lock:
+                held += 1
+                most = max(most, held)
+            time.sleep(0.02)
+
+        def resize(self, size, _):
+            return Image.new("RGB", size)
+
+        def __del__(self):
+            nonlocal held
+            with lock:
+                held -= 1
+
+    monkeypatch.setattr(data, "load_image", Film)
+    args = selfdistill.parse(["--studies", "x", "--images", str(tmp_path)])
+    server = endpoint.Endpoint("http://localhost:9", "m")
+    served = selfdistill.open_sampler(args, data.CHEST, server)
+    studies = [data.Study(f"s{i}", ("a.png", "b.png"), {}, {"u": "no edema"}) for i in range(32)]
+    with ThreadPoolExecutor(32) as pool:
+        assert len(list(pool.map(served.encode, studies))) == 32
+    assert held == 0 and 2 <= most <= 4
 
 
 def test_the_command_says_in_one_line_that_the_server_is_gone(flags, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import transformers
 from chat_server import ServersProcessor
 from conftest import ROOT
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 import apo
 import data
@@ -142,6 +142,74 @@ def test_a_quantised_student_is_refused_with_the_way(base, tmp_path, key, value,
         student.load(folder)
     change_json(folder / "config.json", **{key: None})
     student.require_family(folder)
+
+
+# name of a weight in the file -> what is there in its place, and what is said of it
+NORM, Q = "model.norm.weight", "model.layers.0.self_attn.q_proj.weight"
+OTHER_WEIGHTS = {
+    "one is missing": ({Q: None}, "model.language_model.layers.0.self_attn.q_proj.weight is "
+                       "missing"),
+    "one of the tower is missing": ({"visual.merger.ln_q.weight": None},
+                                    "model.visual.merger.ln_q.weight is missing"),
+    "the embedding is missing, to which the head is tied": (
+        {"model.embed_tokens.weight": None},
+        "lm_head.weight is missing, model.language_model.embed_tokens.weight is missing"),
+    "one is unexpected": ({"model.layers.77.x\x1b[2J": torch.zeros(2)},
+                          r"model.language_model.layers.77.x\x1b[2J is unexpected"),
+    "one has another shape": ({NORM: torch.zeros(2)}, "model.language_model.norm.weight has the "
+                              "shape (2,), expected (96,)"),
+    "all kinds at once": (
+        {Q: None, "model.layers.77.x": torch.zeros(2), NORM: torch.zeros(2, 3),
+         "visual.merger.ln_q.weight": torch.zeros(1)},
+        "model.language_model.layers.0.self_attn.q_proj.weight is missing, "
+        "model.language_model.layers.77.x is unexpected, model.language_model.norm.weight has the "
+        "shape (2, 3), expected (96,) and 1 more faults"),
+}
+
+
+def with_weights(base, folder, changes):
+    """A copy of a student of whose weights some are others; None: it is not there."""
+    copy_of(base, folder)
+    tensors = load_file(folder / "model.safetensors") | changes
+    save_file({name: value for name, value in tensors.items() if value is not None},
+              folder / "model.safetensors", metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("case", OTHER_WEIGHTS)
+def test_weights_that_are_not_those_of_the_config_are_refused_by_name(base, tmp_path, case):
+    """transformers would draw what is missing at random, without a seed."""
+    changes, says = OTHER_WEIGHTS[case]
+    folder = with_weights(base, tmp_path / "other", changes)
+    with pytest.raises(ValueError, match=re.escape(
+            f"--student {folder}: expected the weights that its config.json describes, found that "
+            f"{says}") + "$"):
+        student.load(folder)
+
+
+def test_a_shard_that_the_index_does_not_have_is_missed(base, tmp_path):
+    folder = copy_of(base, tmp_path / "shards")
+    student.load(base).save_pretrained(folder, max_shard_size="100KB")
+    (folder / "model.safetensors").unlink()
+    student.load(folder)
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    del index["weight_map"][NORM]
+    lost = {file for file in set(index["weight_map"].values()) if "00002-of" in file}
+    index["weight_map"] = {name: file for name, file in index["weight_map"].items()
+                           if file not in lost}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(ValueError, match="found that .* is missing"):
+        student.load(folder)
+
+
+def test_a_tied_head_may_be_there_or_not(base, tmp_path):
+    head = load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    for name, changes in {
+            "both": {"lm_head.weight": head.clone()},
+            "the head alone": {"lm_head.weight": head, "model.embed_tokens.weight": None}}.items():
+        model = student.load(with_weights(base, tmp_path / name, changes))
+        assert torch.equal(model.lm_head.weight, head)
+        assert torch.equal(model.model.language_model.embed_tokens.weight, head)
 
 
 @pytest.mark.parametrize("stage", [spd, selfdistill, apo])
@@ -348,6 +416,59 @@ def test_what_a_folder_says_of_generating_is_neither_used_nor_saved(
     assert set(saved) <= own and saved["eos_token_id"] == processor.ends
 
 
+# fields that `sample` leaves open, with values that change texts
+OF_GENERATING = [
+    {"num_beams": 2, "num_return_sequences": 2}, {"suppress_tokens": list(range(20, 200))},
+    {"no_repeat_ngram_size": 1}, {"min_new_tokens": 24}, {"max_time": 1e-9},
+    {"guidance_scale": 9.0}, {"sequence_bias": [[[i], -99.0] for i in range(20, 200)]},
+    {"return_dict_in_generate": True, "output_logits": True}]
+
+
+def say_of_generating(folder, place, values):
+    """Puts fields into generation_config.json, config.json, or the text_config of that."""
+    file = folder / ("config.json" if place == "text_config" else place)
+    config = json.loads(file.read_text()) if file.exists() else {}
+    (config["text_config"] if place == "text_config" else config).update(values)
+    file.write_text(json.dumps(config))
+
+
+@pytest.mark.parametrize("place", ["generation_config.json", "config.json", "text_config"])
+def test_no_field_of_generating_comes_from_a_folder(
+        base, processor, studies, task, tmp_path, place):
+    """With num_beams and num_return_sequences study i had the answer of study i // 2."""
+    examples = [processor(study, data.student_prompt(study, task)) for study in studies[:3]]
+
+    def texts(folder):
+        model = student.load(folder)
+        assert vars(model.generation_config) == vars(transformers.GenerationConfig())
+        drawn = sampling.sample(model, processor, examples, [0, 1, 2], 1.0, 0.9, 6)
+        greedy = sampling.sample(model, processor, examples, [0, 1, 2], 0.0, 1.0, 6)
+        return [(ids.tolist(), finish) for ids, finish in drawn + greedy]
+
+    expected = texts(base)
+    for values in OF_GENERATING:
+        folder = copy_of(base, tmp_path / min(values))
+        say_of_generating(folder, place, values)
+        assert texts(folder) == expected, values
+
+
+def test_every_field_of_generating_is_reset(base, tmp_path):
+    """Also those that a later transformers may have, in the three places at once."""
+    fields = [name for name in vars(transformers.GenerationConfig()) if not name.startswith("_")]
+    assert {"num_beams", "max_time", "min_new_tokens", "suppress_tokens"} <= set(fields)
+    folder = copy_of(base, tmp_path / "folder")
+    say_of_generating(folder, "generation_config.json", dict.fromkeys(fields, 2))
+    of_the_model = {"use_cache", "output_hidden_states", "output_attentions", "pad_token_id",
+                    "eos_token_id", "bos_token_id", "transformers_version"}
+    no_2 = {"assistant_ensemble_weight", "compile_config", "cache_implementation",
+            "watermarking_config"}  # of which transformers refuses a 2 itself
+    others = dict.fromkeys({*fields} - of_the_model - no_2, 2)
+    say_of_generating(folder, "config.json", others)
+    say_of_generating(folder, "text_config", others)
+    reset = student.load(folder).generation_config
+    assert vars(reset) == vars(transformers.GenerationConfig())
+
+
 OF_NO_FIGURE = {"generation_config.json": "{}", "README.md": "card", "chat_template.json": "{}",
                 "chat_template.jinja": "x", "video_preprocessor_config.json": "{}", "notes.txt": "",
                 "trainer_state.json": "{}"}
@@ -399,15 +520,19 @@ def bound_of(folder):
     return config["size"]["longest_edge"]
 
 
+def with_processor(base, folder, **change):
+    """A copy of the student with other settings of its image processor. Returns the folder."""
+    shutil.copytree(base, folder)
+    config = json.loads((folder / "preprocessor_config.json").read_text())
+    (folder / "preprocessor_config.json").write_text(json.dumps({**config, **change}))
+    return folder
+
+
 @pytest.fixture
 def bounded(base, tmp_path):
     """A copy of the student whose image processor allows 200 tokens an image."""
-    folder = tmp_path / "bounded"
-    shutil.copytree(base, folder)
-    config = json.loads((folder / "preprocessor_config.json").read_text())
-    config["size"]["longest_edge"] = config["max_pixels"] = 200 * 784
-    (folder / "preprocessor_config.json").write_text(json.dumps(config))
-    return folder
+    size = {"shortest_edge": 56 * 56, "longest_edge": 200 * 784}
+    return with_processor(base, tmp_path / "bounded", size=size, max_pixels=200 * 784)
 
 
 def test_more_pixels_than_the_folder_allows_are_refused_and_none_given_are_as_many(
@@ -419,6 +544,32 @@ def test_more_pixels_than_the_folder_allows_are_refused_and_none_given_are_as_ma
             f"--max_pixels {200 * 784 + 1}: {bounded}/preprocessor_config.json allows {200 * 784}, "
             f"expected {200 * 784} or less")):
         student.Processor(bounded, task, max_pixels=200 * 784 + 1)
+
+
+@pytest.mark.parametrize("max_pixels", [None, 784_000])
+def test_a_folder_that_enlarges_an_image_above_max_pixels_is_refused(base, task, tmp_path,
+                                                                     max_pixels):
+    changed = with_processor(base, tmp_path / "x", size={"shortest_edge": 802_817,
+                                                         "longest_edge": 10 ** 9})
+    with pytest.raises(ValueError, match=re.escape(
+            f"--max_pixels {max_pixels or student.MAX_PIXELS}: {changed}/preprocessor_config.json "
+            "enlarges an image to 802817, expected 802817 or more")):
+        student.Processor(changed, task, max_pixels=max_pixels)
+    assert student.Processor(changed, task, max_pixels=802_817).max_pixels == 802_817
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"patch_size": 5000}, "patch_size is 5000, expected 14"),
+    ({"merge_size": 200}, "merge_size is 200, expected 2"),
+    ({"temporal_patch_size": 900}, "temporal_patch_size is 900, expected 2"),
+    ({"do_resize": False}, "do_resize is False, expected True"),
+    ({"size": {"shortest_edge": "1", "longest_edge": 10 ** 6}}, "expected numbers of pixels"),
+    ({"size": {"shortest_edge": -1, "longest_edge": 10 ** 6}}, "expected numbers of pixels"),
+    ({"size": {"shortest_edge": 10 ** 7, "longest_edge": 10 ** 6}}, "expected numbers of pixels")])
+def test_nothing_in_a_folder_turns_max_pixels_off(base, task, tmp_path, change, message):
+    changed = with_processor(base, tmp_path / "x", **change)
+    with pytest.raises(ValueError, match=rf"{changed}/preprocessor_config.json: .*{message}"):
+        student.Processor(changed, task)
 
 
 @pytest.mark.parametrize("max_pixels", [None, 30 * 784])

@@ -368,9 +368,10 @@ def test_a_dry_run_measures_beside_the_optimisers_state_and_takes_the_largest_sh
     model.weight.grad = torch.zeros_like(model.weight)
     model.device = torch.device("cpu")
     optimiser, states = training.MasterAdamW(parameters.values(), lr=1.0), []
+    packed = argparse.Namespace(model=model)
 
     def warm_up(*given):
-        assert given == ("packed", plan, "encode", model)
+        assert given == (packed, plan, "encode", model)
         states.append(dict(optimiser.state))
         return 3.0
 
@@ -380,7 +381,7 @@ def test_a_dry_run_measures_beside_the_optimisers_state_and_takes_the_largest_sh
     monkeypatch.setattr(training, "warm_up", warm_up)
     before = model.weight.detach().clone()
     plan = training.Plan([1] * 11, settings())
-    training.report_dry_run(plan, model, "packed", "encode", parameters, optimiser, 10)
+    training.report_dry_run(plan, packed, "encode", parameters, optimiser, 10)
     said = capsys.readouterr().out
     assert ("weights 0.12, gradients 0.12, moments 0.75, the update's temporaries 0.12, in all "
             "1.12 before activations") in said

@@ -296,7 +296,8 @@ def image_part(path, root, max_pixels):
     max_pixels  to which it is shrunk
     Returns (part of a message, (width, height)).
     """
-    image = data.load_image(path, root)
+    with data.DECODERS:  # of the requests in flight, few hold a whole film
+        image = data.load_image(path, root)
     scale = math.sqrt(max_pixels / (image.width * image.height))
     if scale < 1:
         image = image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))))

@@ -3,6 +3,7 @@ command on one and two ranks."""
 
 import json
 import re
+from collections import Counter
 
 import pytest
 
@@ -34,6 +35,15 @@ def cases(*rows):
             for i, (labels, texts) in enumerate(rows)]
 
 
+def score(readings, studies, task):
+    votes = evaluate.votes_of(evaluate.read_teachers(studies, task), task)
+    return evaluate.score(readings, studies, task, votes)
+
+
+def baselines(studies, train, task):
+    return evaluate.baselines(studies, train, task, evaluate.read_teachers(studies, task))
+
+
 # ------------------------------------------------------------------------------------------- scores
 
 def test_accuracy_is_per_finding_over_its_labels_and_the_mean_is_unweighted(three):
@@ -41,7 +51,7 @@ def test_accuracy_is_per_finding_over_its_labels_and_the_mean_is_unweighted(thre
                     ({"Effusion": "yes"}, []), ({"Effusion": "yes"}, []))
     readings = [{"Effusion": "yes", "Edema": "no", "Heart": "yes"},
                 {"Effusion": "yes", "Edema": "yes"}, {"Heart": "no"}, {"Effusion": "yes"}]
-    assert evaluate.score(readings, studies, three) == {
+    assert score(readings, studies, three) == {
         # Heart has no label, so no score
         "accuracy": {"Effusion": 2 / 4, "Edema": 1 / 1}, "mean": 0.75,
         "n": {"Effusion": 4, "Edema": 1},
@@ -52,12 +62,12 @@ def test_accuracy_is_per_finding_over_its_labels_and_the_mean_is_unweighted(thre
 def test_agreement_is_with_what_the_teachers_say_not_with_the_labels(three):
     studies = cases(({"Edema": "no"}, ["edema yes, no heart", "edema yes"]),
                     ({}, ["no effusion", "silence"]), ({"Edema": "no"}, ["silence"]))
-    out = evaluate.score([{"Edema": "yes"}, {"Effusion": "no"}, {"Edema": "no"}], studies, three)
+    out = score([{"Edema": "yes"}, {"Effusion": "no"}, {"Edema": "no"}], studies, three)
     assert out["agreement_with_vote"] == 2 / 3 and out["accuracy"] == {"Edema": 1 / 2}
 
 
 def test_without_labels_there_is_no_score(three):
-    assert evaluate.score([{"Edema": "yes"}], cases(({}, [])), three) == {
+    assert score([{"Edema": "yes"}], cases(({}, [])), three) == {
         "accuracy": {}, "mean": None, "n": {}, "unread": None, "agreement_with_vote": None}
 
 
@@ -71,26 +81,26 @@ def test_the_baselines_are_the_prior_each_teacher_and_their_vote(three):
     studies = cases(({"Edema": "yes"}, ["edema yes", "edema yes", "no edema"]),
                     ({"Edema": "no"}, ["edema yes", "no edema", "no edema"]),
                     ({"Edema": "no"}, ["no edema"]))
-    rows = evaluate.baselines(studies, cases(({"Edema": "no"}, [])), three)
+    rows = baselines(studies, cases(({"Edema": "no"}, [])), three)
     assert {name: (row["mean"], row["unread"]) for name, row in rows.items()} == {
         # v and w are silent on the third
         "label prior": (2 / 3, 0), "u": (2 / 3, 0), "v": (2 / 3, 1 / 3), "w": (1 / 3, 1 / 3),
         "vote of the teachers": (1, 0)}
     assert list(rows)[0] == "label prior" and list(rows)[-1] == "vote of the teachers"
     # nobody to vote
-    assert list(evaluate.baselines(cases(({"Edema": "no"}, [])), studies, three)) == ["label prior"]
+    assert list(baselines(cases(({"Edema": "no"}, [])), studies, three)) == ["label prior"]
 
 
 def test_a_teacher_or_a_vote_that_was_never_read_has_no_accuracy(three):
     studies = cases(({"Edema": "yes"}, ["edema yes", "it looks fine"]),
                     ({"Edema": "no"}, ["edema yes", "all is well"]))
-    rows = evaluate.baselines(studies, studies, three)
+    rows = baselines(studies, studies, three)
     assert rows["u"]["accuracy"] == {"Edema": 0.5} and rows["v"] == {
         "accuracy": {}, "mean": None, "n": {"Edema": 2}, "unread": 1, "agreement_with_vote": 0}
     line = tables.accuracy_table(rows, three.findings).splitlines()[-2]
     assert line.split() == ["v", "-", "-", "1.000"]
     nothing = cases(({"Edema": "yes"}, ["it looks fine"]))
-    assert evaluate.baselines(nothing, studies, three)["vote of the teachers"]["accuracy"] == {}
+    assert baselines(nothing, studies, three)["vote of the teachers"]["accuracy"] == {}
 
 
 def test_a_voice_is_known_by_its_first_words():
@@ -264,6 +274,22 @@ def test_one_and_two_ranks_print_the_same_table_and_end_with_one_line_of_json(ch
     assert rows["random"]["greedy"]["example"] != rows["random"]["sampled"]["example"]
     of = {name: rows[name]["accuracy"]["ace"] for name in ("label prior", "u", "v")}
     assert of["label prior"] == of["v"] == 1 - of["u"]
+
+
+def test_each_text_of_a_teacher_is_read_once_however_many_rows_there_are(chatter, capsys,
+                                                                         monkeypatch):
+    records = map(json.loads, chatter[2].read_text().splitlines())
+    texts = [text for record in records if record["split"] == "test"
+             for text in record["trajectories"].values()]
+    read, read_classes = Counter(), data.read_classes
+
+    def counting(text, task):
+        read[text] += 1
+        return read_classes(text, task)
+
+    monkeypatch.setattr(data, "read_classes", counting)
+    command(capsys, monkeypatch, *chatter, "--max_new_tokens", "1")
+    assert len(texts) == 16 and all(read[text] == texts.count(text) for text in texts)
 
 
 def test_results_are_written_with_their_settings_and_not_computed_twice(chatter, capsys,

@@ -280,7 +280,7 @@ def test_the_command_measures_the_scale_model_beside_table_2(world, studies, tas
     result = json.loads(out[-1])
     assert json.loads((tmp_path / "teachers.json").read_text()) == result
     assert command(capsys, monkeypatch, *flags).splitlines() == out
-    other = evaluate.baselines(studies, [], task)
+    other = evaluate.baselines(studies, [], task, evaluate.read_teachers(studies, task))
     for name in NAMES:
         assert result["teachers"][name]["accuracy"] == other[name]["accuracy"]
     assert set(result["teachers"]) == set(NAMES)

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import data
+import evaluate
 from evaluation import ablation, tables
 from experiment import beta, claims, figures, scoring
 from experiment import ladder as of_ladder
@@ -160,12 +161,14 @@ def test_inherited_errors_are_counted_by_voice(task, studies):
     some = [study for study in studies if study.split == "train"]
     as_its_voice = [data.read_classes(study.trajectories[scoring.voice(study)], task)
                     for study in some]
-    found = scoring.inherited(as_its_voice, some, task)
+    said = evaluate.read_teachers(some, task)
+    votes = evaluate.votes_of(said, task)
+    found = scoring.inherited(as_its_voice, some, said, votes)
     assert found["own"] == 1.0 and 0 < found["others"] < 1
-    right = scoring.inherited([study.labels for study in some], some, task)
+    right = scoring.inherited([study.labels for study in some], some, said, votes)
     assert right == {"own": 0.0, "others": 0.0, "vote": 0.0}
-    votes = [data.vote(study.trajectories, task) for study in some]
-    assert scoring.inherited(votes, some, task)["vote"] == 1.0
+    voted = [data.vote(study.trajectories, task) for study in some]
+    assert scoring.inherited(voted, some, said, votes)["vote"] == 1.0
 
 
 def test_the_ablation_table_prints_ladder_and_paper(ladder, script):

@@ -15,6 +15,7 @@ import os
 import re
 import signal
 import sys
+import time
 
 import check
 import pytest
@@ -875,6 +876,38 @@ def test_50_kb_of_one_thing_are_read_cleaned_and_cut(piece):
                  lambda: data.read_classes(said, TWO)):
         with within(4):
             read()
+
+
+def seconds(read, said):
+    before = time.process_time()
+    read(said)
+    return time.process_time() - before
+
+
+GROWING = [
+    "edema or ", "edema, or ", "edema versus ", "edema, pneumonia, ", "no edema, and ", "no ", "a",
+    "1 ", "(", "[", '{"a": ', "{'a': [1, ", "| edema | no ", "- edema\n", "**", "<think>", "\n",
+    "\u6c34 ", "1, ", "1; ", "x: : "]
+
+
+@pytest.mark.parametrize("piece", GROWING)
+def test_eight_times_the_text_takes_no_more_than_twice_eight_times_the_time(piece):
+    """20,000 characters: where the time grows with their square, it is 64 times as much."""
+    tasks = data.CHEST, datasets.PROGRESSION
+    for task in tasks:
+        read = lambda said, task=task: data.read_classes(said, task)
+        short, long = (piece * (n // len(piece)) + " x}" for n in (2_500, 20_000))
+        least = max(0.02, min(seconds(read, short) for _ in range(3)))
+        assert min(seconds(read, long) for _ in range(2)) < 16 * least
+
+
+def test_a_phrase_of_many_words_is_read_in_linear_time():
+    phrase = "{finding} " + "a " * 18 + "z"
+    task = data.make_task({**GOOD_TASK, "findings": {"A": ["spots"]}, "positive": [],
+                           "classes": {"x": [phrase]}}, "task.json")
+    with within(2):
+        assert data.read_classes("spots: " + "a " * 5000, task) == {}
+    assert data.read_classes("spots: " + "a b " * 18 + "z", task) == {"A": "x"}
 
 
 def test_50_kb_of_one_thing_are_normalised(scorer):

@@ -36,7 +36,7 @@ import test_prepare_mimic
 import torch
 from conftest import ROOT
 from PIL import Image
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import apo
 import data
@@ -143,6 +143,18 @@ def locked(path):
     path.touch()
     HELD.append(open(path))
     fcntl.flock(HELD[-1], fcntl.LOCK_EX)
+
+
+def a_link(path):
+    """A link to the student, which is to stay as it is."""
+    path.symlink_to(path.parent.with_name("student"))
+
+
+def student_without_a_weight(path):
+    shutil.copytree(path.with_name("student"), path)
+    weights = load_file(path / "model.safetensors")
+    del weights["model.norm.weight"]
+    save_file(weights, path / "model.safetensors", metadata={"format": "pt"})
 
 
 def broken_student(path):
@@ -424,6 +436,9 @@ add("spd.py", READERS["spd.py"], {
     "task, too many gaps": (
         task(classes={"mild": ["* * * * {finding}"]}),
         'task.json: expected at most three * in a phrase of "classes"'),
+    "task, a phrase of 21 words": (
+        task(classes={"mild": ["{finding} " * 21]}),
+        'task.json: expected at most 20 words in a phrase of "classes"'),
     "task, no classes": (
         task(classes=None), 'task.json: expected "classes": an object of lists of words'),
     "task, no prompts": (
@@ -515,6 +530,26 @@ add("spd.py", READERS["spd.py"], {
     "another run": (
         {"out/.lock": locked},
         "out: another run holds out/.lock; wait for it or choose another --output_dir"),
+    "a lock that is a link": (
+        {"out/.lock": a_link}, "out/.lock: found a link, expected a regular file"),
+    "a lock that is a pipe": (
+        {"out/.lock": os.mkfifo}, "out/.lock: found a pipe, expected a regular file"),
+    "a student that is a link": (
+        {"out/student": a_link},
+        "out/student: found a link, expected a folder that a run has written; remove it, or choose "
+        "another --output_dir"),
+    "a log that is a pipe": (
+        "--resume never", {"out/log.jsonl": os.mkfifo},
+        "out/log.jsonl: found a pipe, expected a regular file that a run has written; remove it, "
+        "or choose another --output_dir"),
+    "a student of somebody else": (
+        "--resume never", {"out/student/model.safetensors": "x"},
+        "out/student: is there, but out has no args.json of a run that wrote it; expected another "
+        "--output_dir"),
+    "a student that lacks a weight": (
+        "--student broken", {"broken": student_without_a_weight},
+        "--student broken: expected the weights that its config.json describes, found that "
+        "model.language_model.norm.weight is missing"),
     "a run of other settings": (
         {"out/args.json": {"seed": 1}, "out/step-000001/x": ""},
         "out: was begun with other settings, choose another --output_dir:\n...\n  seed: 1 there, 0 "
@@ -533,6 +568,9 @@ add("spd.py", READERS["spd.py"], {
         "--student broken", {"broken": broken_student, "broken/tokenizer.json": "{"},
         "--student broken: expected the tokenizer and image processor of a Qwen2.5-VL: ..."),
 })
+CASES["spd.py: an empty path"] = Case(
+    f"{READERS['spd.py']} --replay ''", "--replay: empty, expected a text, such as a path",
+    status=2)
 CASES["spd.py: --micro_batch -1"] = Case(
     f"{READERS['spd.py']} --micro_batch=-1",
     "argument --micro_batch: '-1', expected a whole number, 0 or more", status=2)
@@ -1443,8 +1481,8 @@ def test_resume_never_takes_away_what_a_run_wrote_and_nothing_else(run):
     mine = {
         "studies.jsonl": [record(id) for id in "abcd"], "notes.json": "{}", "mine.safetensors": "x"}
     old = {
-        "out/args.json": {"seed": 7}, "out/step-000009/x": "", "out/log.jsonl": '{"step": 9}',
-        "out/reference.safetensors": "x"}
+        "out/args.json": {"seed": 7, "train": "lora"}, "out/step-000009/x": "",
+        "out/log.jsonl": '{"step": 9}', "out/reference.safetensors": "x"}
     flags = STAGE.replace("studies.jsonl", "out/studies.jsonl").replace(
         "--task_file", "--positives out/positives.jsonl --task_file")
     files = {f"out/{name}": content for name, content in mine.items()} | {
@@ -1466,7 +1504,7 @@ def of_another_key(path):
 def test_a_stage_says_what_it_works_on_and_what_it_made(run):
     refuses = record("a", trajectories={"u": "I cannot say", "w": "no edema"})
     files = {"studies.jsonl": [refuses, *(record(id) for id in "bcd")],
-             "out/reference.safetensors": of_another_key}
+             "out/args.json": {"train": "lora"}, "out/reference.safetensors": of_another_key}
     plan = "4 studies, 1 steps of 4 = 1 ranks x 4 micro-batches x 1 studies"
     one_step = "--refusals drop --max_steps 1 --no-bf16"
     for command, lines in {
@@ -1709,6 +1747,12 @@ ELSEWHERE = {
         "test_adapter.py::test_a_config_that_is_no_object_is_refused",
     ("runtime/adapter.py", "not another adapter"):
         "test_adapter.py::test_a_folder_without_its_weights_or_with_two_meanings_is_refused",
+    ("student.py", "--student: empty"):
+        "runtime/test_claims.py::test_a_name_without_a_student_is_refused",
+    ("student.py", "has the shape"):
+        "test_student.py::test_weights_that_are_not_those_of_the_config_are_refused_by_name",
+    ("runtime/ranks.py", "expected the same on all ranks"):
+        "runtime/test_nodes.py::test_ranks_with_other_inputs_stop_before_the_first_step",
     ("student.py", "expected one of them"):
         "test_adapter.py::test_a_folder_without_its_weights_or_with_two_meanings_is_refused",
     ("student.py", "expected the adapter's weights"):

@@ -299,6 +299,69 @@ def test_an_image_that_is_larger_than_it_looks_is_refused_in_little_time_and_mem
                 assert "EPS" not in case or "cannot identify image file" in str(error)
 
 
+def tiled_tiff(size, tile):
+    """A grey TIFF, all of whose tiles are the same zeros."""
+    (width, height), (wide, high) = size, tile
+    n = -(-width // wide) * -(-height // high)
+    zeros = zlib.compress(bytes(wide * high), 9)
+    lists = 10 + 12 * 10 + 4
+    tags = ((256, 1, width), (257, 1, height), (258, 1, 8), (259, 1, 8), (262, 1, 1), (277, 1, 1),
+            (322, 1, wide), (323, 1, high), (324, n, lists), (325, n, lists + 4 * n))
+    where = [lists + 8 * n] * n, [len(zeros)] * n
+    if n == 1:  # a single number stands in its tag
+        tags = (*tags[:8], (324, 1, lists), (325, 1, len(zeros)))
+        where = ()
+    head = b"II*\0\x08\0\0\0\x0a\0" + b"".join(
+        struct.pack("<HHII", tag, 4, count, value) for tag, count, value in tags) + bytes(4)
+    return head + b"".join(struct.pack(f"<{n}I", *numbers) for numbers in where) + zeros
+
+
+def jpeg_in_scans(size, times, **more):
+    """A progressive JPEG whose last scan comes again and again."""
+    out = io.BytesIO()
+    Image.new("L", size, 50).save(out, "JPEG", progressive=True, **more)
+    whole, at = out.getvalue()[:-2], out.getvalue().rindex(b"\xff\xda")
+    return whole + whole[at:] * times + b"\xff\xd9"
+
+
+COSTLY_IMAGES = {
+    "one large tile": (
+        lambda: tiled_tiff((64, 64), (8000, 16000)),
+        "64 x 64 pixels in tiles of 8000 x 16000, which are 128,000,000 pixels, expected at most "
+        "64,000,000"),
+    "tiles longer than the film": (
+        lambda: tiled_tiff((8000, 64), (16, 262144)),
+        "8000 x 64 pixels in tiles of 16 x 262144, which are 2,097,152,000 pixels, expected at "
+        "most 64,000,000"),
+    "a small film in thousands of scans": (
+        lambda: jpeg_in_scans((112, 112), 60_000),
+        "a JPEG of 112 x 112 pixels in 60006 scans, expected at most 100"),
+    "a film in a thousand": (
+        lambda: jpeg_in_scans((4000, 5000), 1000),
+        "a JPEG of 4000 x 5000 pixels in 1006 scans, expected at most 50"),
+    "a large film in a hundred": (
+        lambda: jpeg_in_scans((8000, 8000), 94),
+        "a JPEG of 8000 x 8000 pixels in 100 scans, expected at most 15")}
+
+
+@pytest.mark.parametrize("case", COSTLY_IMAGES)
+def test_an_image_that_costs_far_more_than_its_pixels_is_refused(tmp_path, case):
+    make, message = COSTLY_IMAGES[case]
+    (tmp_path / "x.png").write_bytes(make())
+    with within(1), pytest.raises(data.LargeImage) as caught:
+        data.load_image("x.png", tmp_path)
+    assert str(caught.value) == f"{tmp_path}/x.png: not a readable image: {message}"
+
+
+def test_tiles_and_scans_of_ordinary_films_are_read(tmp_path):
+    for content in (tiled_tiff((64, 64), (1024, 1024)), tiled_tiff((640, 480), (256, 256)),
+                    jpeg_in_scans((112, 112), 0), jpeg_in_scans((112, 112), 90),
+                    # a preview and other things that it carries do not count by much
+                    jpeg_in_scans((112, 112), 0, exif=b"Exif\0\0" + b"\xff\xda" * 5)):
+        (tmp_path / "x.png").write_bytes(content)
+        assert data.load_image("x.png", tmp_path).size in ((64, 64), (640, 480), (112, 112))
+
+
 def test_a_table_that_was_packed_to_a_thousandth_is_refused_in_little_memory(tmp_path):
     packer = zlib.compressobj(9, zlib.DEFLATED, 31)
     parts = [b"study_id,", *[b"a" * 1_000_000] * 300]
