@@ -117,6 +117,9 @@ def require_family(path):
     except OSError as error:
         raise ValueError(f"{name}: expected the folder or hub id of a Qwen2.5-VL{where}: "
                          f"{str(error).splitlines()[0]}") from None
+    except (TypeError, RecursionError):
+        raise ValueError(f"{name}: its config.json is no JSON object or is nested too deeply, "
+                         "expected that of a Qwen2.5-VL") from None
     if (Path(base) / adapter.CONFIG).exists():  # which of the two is meant would be a guess
         raise ValueError(f"{name} holds config.json and {adapter.CONFIG}, expected one of them")
     family = config.get("model_type")
@@ -138,10 +141,29 @@ def require_family(path):
                          "folder or hub id of the same model unquantised, whose config.json has "
                          "no quantization_config")
     index = Path(base) / "model.safetensors.index.json"
-    if index.exists():  # transformers would unpickle a file of any other kind that it names
-        files = read_json(index)["weight_map"].values()
-        if not all(str(file).endswith(".safetensors") for file in files):
-            raise ValueError(f"{index}: expected .safetensors files only")
+    if index.exists():
+        require_index(index)
+
+
+def require_index(file):
+    """Raises ValueError unless model.safetensors.index.json names weights as transformers reads it.
+
+    file  {"metadata": {...}, "weight_map": {tensor: name of a .safetensors file beside it}};
+          transformers would unpickle a file of any other kind, and `fingerprint` would not see one
+          elsewhere
+    """
+    content = read_json(file)
+    for key in ("metadata", "weight_map"):
+        if not isinstance(content, dict) or not isinstance(content.get(key), dict):
+            raise ValueError(f'{file}: "{key}": expected an object, as in the index of a saved '
+                             "model")
+    if not content["weight_map"]:
+        raise ValueError(f'{file}: "weight_map" is empty, expected {{tensor: its file}}')
+    for name in content["weight_map"].values():
+        if not isinstance(name, str) or not name.endswith(".safetensors"):
+            raise ValueError(f"{file}: names {name!r}, expected .safetensors files only")
+        if name != Path(name).name:
+            raise ValueError(f"{file}: names {name!r}, expected files in its own folder")
 
 
 def load(path, bf16=False, device="cpu", gradient_checkpointing=False):

@@ -2,7 +2,8 @@
 
     RUN/step-N/trainable.safetensors   the trainable parameters by name
     RUN/step-N/optimizer-R.safetensors masters and moments, of each rank where they are sharded
-    RUN/step-N/manifest.json           the step, sha256 of the files above, the log's open interval
+    RUN/step-N/manifest.json           the step, sha256 of the files above and of itself, the log's
+                                       open interval
 
 Nothing random is saved, since a run is a function of its settings and its step (training.py).
 """
@@ -19,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from runtime import adapter, ranks
-from runtime.records import atomic, fsync, temporary_of
+from runtime.records import atomic, fsync, line_of, parse_line, temporary_of
 
 # The files of a student's folder from which its figures come. What it says of generating, chat
 # templates and the model card are not among them: they are neither read nor kept.
@@ -96,7 +97,7 @@ def save_checkpoint(folder, step, parameters, optimizer, extra, keep):
             as_umask_says(temporary)
             digests = {file.name: sha256(file) for file in sorted(temporary.iterdir())}
             manifest = {"step": step, "sha256": digests, **extra}
-            (temporary / "manifest.json").write_text(json.dumps(manifest) + "\n")
+            (temporary / "manifest.json").write_bytes(sealed(manifest))
             for log in folder.glob("*.jsonl"):  # a resumed run does not write its lines again
                 fsync(log)
     if first:
@@ -107,19 +108,35 @@ def save_checkpoint(folder, step, parameters, optimizer, extra, keep):
             shutil.rmtree(old)
 
 
+def sealed(manifest):
+    """The bytes of manifest.json: the manifest with the sha256 of its own JSON as the last key."""
+    digest = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()
+    return line_of({**manifest, "manifest_sha256": digest})
+
+
+def read_manifest(file):
+    """The manifest that a file holds. Raises ValueError unless its bytes are those of `sealed`."""
+    content = file.read_bytes()
+    manifest = parse_line(content)
+    manifest.pop("manifest_sha256", None)
+    if sealed(manifest) != content:
+        raise ValueError("manifest.json is not as it was written, expected its own sha256 in it")
+    return manifest
+
+
 def newest_checkpoint(folder):
-    """The newest checkpoint whose files are what its manifest says.
+    """The newest checkpoint whose manifest and files are as they were written.
 
     folder  the run folder
     Returns (its path, its manifest), or (None, None) where there is none.
     """
     for path in sorted(Path(folder).glob("step-*"), reverse=True):
         try:
-            manifest = json.loads((path / "manifest.json").read_text())
+            manifest = read_manifest(path / "manifest.json")
             if all(sha256(path / name) == digest for name, digest in manifest["sha256"].items()):
                 return path, manifest
             reason = "its files do not match its manifest"
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError) as error:
             reason = str(error)
         ranks.print_once(f"warning: {path} is damaged ({reason}); falling back to the one before")
     return None, None

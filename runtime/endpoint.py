@@ -33,7 +33,9 @@ from urllib.parse import urlsplit
 
 from runtime.records import is_name, printable, read_json, too_deep
 
-MAX_ANSWER_BYTES = 16 << 20
+# Of any body. 100,000 tokens of reasoning and answer fit in, even with letters spelled \uXXXX. A
+# body of nothing but small values takes nearly 60 times as much memory when it is read.
+MAX_ANSWER_BYTES = 2 << 20
 MAX_WAIT = 3600  # seconds; an endpoint that asks for more has nothing to give today
 # A spent balance or daily quota comes as 429 too, and asking again does not help. These are the
 # vendors' words for it; Gemini's "exceeded your current quota" is not among them, since it says so
@@ -316,7 +318,7 @@ def _exchange(endpoint, method, path, body=None):
         connection.request(method, parts.path + path, body, headers)
         sent = True
         response = connection.getresponse()
-        content = response.read(MAX_ANSWER_BYTES)
+        content = response.read(MAX_ANSWER_BYTES + 1)
         if deadline.passed.is_set():
             raise TimeoutError
         return response.status, response.headers, content
@@ -398,8 +400,11 @@ def _words_of(reply):
 def _call(endpoint, method, path, body=None):
     """The JSON object of a 200. Raises Failure."""
     status, headers, content = _exchange(endpoint, method, path, body)
+    if status == 200 and len(content) > MAX_ANSWER_BYTES:
+        raise Failure("again", f"HTTP 200 with a body beyond {MAX_ANSWER_BYTES >> 20} MiB",
+                      lost=True)
     try:
-        reply = _parse(content, endpoint.key)
+        reply = _parse(content[:MAX_ANSWER_BYTES], endpoint.key)
     except ValueError:
         reply = None
     if status != 200:

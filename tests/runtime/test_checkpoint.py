@@ -72,6 +72,36 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, damage, nam
     assert "falling back" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("bit", range(8))
+def test_a_bit_of_the_manifest_that_flips_falls_back_to_the_checkpoint_before(
+        tmp_path, bit, capsys):
+    """Each byte of it, its own checksum too: neither another step nor other sums come through."""
+    parameters, optimiser = trained()
+    for step in (1, 2):
+        log = {"loss": [0.1 * step, 1e-07], "tokens": [1234.0, 8]}
+        checkpoint.save_checkpoint(tmp_path, step, parameters, optimiser, {"log": log}, 2)
+    file = tmp_path / "step-000002" / "manifest.json"
+    good = file.read_bytes()
+    assert checkpoint.newest_checkpoint(tmp_path)[1]["step"] == 2
+    for at in range(bit % 3, len(good), 3):
+        flipped = bytearray(good)
+        flipped[at] ^= 1 << bit
+        file.write_bytes(flipped)
+        _, manifest = checkpoint.newest_checkpoint(tmp_path)
+        assert manifest["step"] == 1 and manifest["log"]["loss"] == [0.1, 1e-07], (at, flipped[at])
+        assert "step-000002 is damaged" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [
+    "{}", "[]", "1", "null", "", "\n", '{"step": 1}', '{"manifest_sha256": 1}',
+    '{"step": 1, "sha256": {}, "log": {}}', "[" * 9999])
+def test_a_manifest_of_another_kind_is_damaged(tmp_path, content, capsys):
+    (tmp_path / "step-000001").mkdir()
+    (tmp_path / "step-000001" / "manifest.json").write_text(content)
+    assert checkpoint.newest_checkpoint(tmp_path) == (None, None)
+    assert "step-000001 is damaged" in capsys.readouterr().out
+
+
 def test_a_checkpoint_of_other_parameters_is_refused(tmp_path):
     parameters, optimiser = trained()
     checkpoint.save_checkpoint(tmp_path, 1, parameters, optimiser, {"log": {}}, 2)

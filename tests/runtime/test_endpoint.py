@@ -154,6 +154,14 @@ def test_every_fault_has_its_kind(answer, kind, lost):
     assert (caught.kind, caught.lost) == (kind, lost), str(caught)
 
 
+def test_an_answer_beyond_the_bound_is_named_and_one_within_it_is_taken():
+    text = "\u80ba" * (endpoint.MAX_ANSWER_BYTES // 6 - 100)  # six bytes each where it is spelled
+    assert ask((200, completion(text))).text == text
+    error = failure((200, completion(text + "a" * 700)))
+    assert (error.kind, error.lost) == ("again", True)
+    assert str(error) == "HTTP 200 with a body beyond 2 MiB"
+
+
 @pytest.mark.parametrize("slow", [
     chat_server.never_answers, chat_server.drips_its_body, chat_server.drips_its_header])
 def test_the_time_limit_is_for_the_whole_exchange(slow):

@@ -310,6 +310,12 @@ def add(name, command, table):
         CASES[f"{name}: {what}"] = Case(" ".join([command, *flags]), says, files)
 
 
+def index(content):
+    """Files of a student with such an index of its weights."""
+    return {"other/config.json": {"model_type": "qwen2_5_vl"},
+            "other/model.safetensors.index.json": json.dumps(content)}
+
+
 def studies(*lines):
     """Files whose studies.jsonl has a good first line and these below."""
     return {"studies.jsonl": [record("a"), *lines]}
@@ -473,6 +479,37 @@ add("spd.py", READERS["spd.py"], {
         "--student other", {"other/config.json": {"model_type": "llama"}},
         "--student other is a llama, expected a Qwen2.5-VL (qwen2_5_vl) of any size. For another "
         "family ..."),
+    "a student whose config is no object": (
+        "--student other", {"other/config.json": "[]"},
+        "--student other: its config.json is no JSON object or is nested too deeply, expected that "
+        "of a Qwen2.5-VL"),
+    "a student whose config is nested without an end": (
+        "--student other", {"other/config.json": "[" * 9999},
+        "--student other: its config.json is no JSON object or is nested too deeply, expected that "
+        "of a Qwen2.5-VL"),
+    "an index without anything": (
+        "--student other", index({}),
+        'other/model.safetensors.index.json: "metadata": expected an object, as in the index of a '
+        "saved model"),
+    "an index that is a list": (
+        "--student other", index([[]]),
+        'other/model.safetensors.index.json: "metadata": expected an object, as in the index of a '
+        "saved model"),
+    "an index without metadata": (
+        "--student other", index({"weight_map": {"a": "a.safetensors"}}),
+        'other/model.safetensors.index.json: "metadata": expected an object, as in the index of a '
+        "saved model"),
+    "an index whose map is none": (
+        "--student other", index({"metadata": {}, "weight_map": ["a.safetensors"]}),
+        'other/model.safetensors.index.json: "weight_map": expected an object, as in the index of '
+        "a saved model"),
+    "an index without a weight": (
+        "--student other", index({"metadata": {}, "weight_map": {}}),
+        'other/model.safetensors.index.json: "weight_map" is empty, expected {tensor: its file}'),
+    "an index that leads out of its folder": (
+        "--student other", index({"metadata": {}, "weight_map": {"a": "../a.safetensors"}}),
+        "other/model.safetensors.index.json: names '../a.safetensors', expected files in its own "
+        "folder"),
     "a quantised student": (
         "--student other", {"other/config.json": {
             "model_type": "qwen2_5_vl", "quantization_config": {"quant_method": "awq"}}},
@@ -1727,7 +1764,19 @@ def test_a_function_refuses_with_its_message(name):
 ELSEWHERE = {
     ("sampling.py", "the prompt has {prompt_tokens} tokens"):
         "test_server.py::test_a_server_that_sees_another_prompt_is_found_at_its_first_answer",
-    ("student.py", "--max_pixels {max_pixels}: {source}"):
+    ("data.py", "pixels in tiles of"):
+        "runtime/test_security.py::"
+        "test_an_image_that_costs_far_more_than_its_pixels_is_refused",
+    ("data.py", "a JPEG of"):
+        "runtime/test_security.py::"
+        "test_an_image_that_costs_far_more_than_its_pixels_is_refused",
+    ("student.py", "expected numbers of pixels"):
+        "test_student.py::test_nothing_in_a_folder_turns_max_pixels_off",
+    ("student.py", "enlarges an image to"):
+        "test_student.py::test_a_folder_that_enlarges_an_image_above_max_pixels_is_refused",
+    ("student.py", "{key} is {found!r}"):
+        "test_student.py::test_nothing_in_a_folder_turns_max_pixels_off",
+    ("student.py", "--max_pixels {max_pixels}: {config}"):
         "test_student.py::"
         "test_more_pixels_than_the_folder_allows_are_refused_and_none_given_are_as_many",
     ("student.py", "SystemExit(f'transformers"):
@@ -1775,6 +1824,9 @@ ELSEWHERE = {
         "runtime/test_checkpoint.py::test_a_checkpoint_of_other_parameters_is_refused",
     ("runtime/checkpoint.py", "falling back"):
         "runtime/test_checkpoint.py::test_a_damaged_checkpoint_falls_back_to_the_one_before",
+    ("runtime/checkpoint.py", "its own sha256 in it"):
+        "runtime/test_checkpoint.py::"
+        "test_a_bit_of_the_manifest_that_flips_falls_back_to_the_checkpoint_before",
     ("runtime/run_folder.py", "nothing keeps a second run out"):
         "runtime/test_checkpoint.py::test_a_disk_without_locks_is_warned_of",
     ("selfdistill.py", "more than a fifth"):
@@ -1788,6 +1840,9 @@ ELSEWHERE = {
     ("experiment/ladder.py", "chain.log"):
         "experiment/test_ladder.py::test_a_chain_that_fails_names_its_log",
     ("runtime/endpoint.py", "_refusal("): "runtime/test_endpoint.py::test_every_fault_has_its_kind",
+    ("runtime/endpoint.py", "with a body beyond"):
+        "runtime/test_endpoint.py::"
+        "test_an_answer_beyond_the_bound_is_named_and_one_within_it_is_taken",
     ("runtime/endpoint.py", "cut or broken JSON"):
         "runtime/test_endpoint.py::test_every_fault_has_its_kind",
     ("runtime/endpoint.py", "without a completion"):

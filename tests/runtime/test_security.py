@@ -513,7 +513,8 @@ def test_nothing_in_a_checkpoint_is_unpickled(tmp_path, flag, kind):
     for name in ("trainable.safetensors", "optimizer-0.safetensors", "optimizer.pt", "state.pt"):
         (step / name).write_bytes(pickles(flag)[kind])
     sums = {file.name: hashlib.sha256(file.read_bytes()).hexdigest() for file in step.iterdir()}
-    (step / "manifest.json").write_text(json.dumps({"step": 7, "sha256": sums, "log": {}}))
+    (step / "manifest.json").write_bytes(
+        checkpoint.sealed({"step": 7, "sha256": sums, "log": {}}))
     path, _ = checkpoint.newest_checkpoint(tmp_path)
     assert path == step
     weight = torch.nn.Parameter(torch.zeros(2))
@@ -743,7 +744,18 @@ def packed(handler):
     handler.send(200, ZEROS, {"Content-Encoding": "deflate"})
 
 
-@pytest.mark.parametrize("flood", [endless, ten_gigabytes, endless_head, endless_line, packed])
+def small_values(size):
+    """A body of so many bytes that takes as much memory as JSON can."""
+    def answer(handler):
+        pairs = b'{"":0},' * (size // 7 - 4)
+        with contextlib.suppress(OSError):
+            handler.send(200, b'{"choices": [' + pairs + b"0]}")
+    return answer
+
+
+@pytest.mark.parametrize("flood", [
+    endless, ten_gigabytes, endless_head, endless_line, packed, small_values(16 << 20),
+    small_values(endpoint.MAX_ANSWER_BYTES)])
 def test_a_server_that_never_stops_talking_is_cut(flood):
     start = time.monotonic()
     with (serve(lambda *_: flood) as chat, memory_below(150),
