@@ -180,10 +180,11 @@ def test_a_film_changed_in_place_does_not_go_into_the_first_loss(
              "--positives", positives, "--output_dir", out, "--max_steps", 1, "--logging_steps", 1,
              "--micro_batch", 1, "--no-merge"]
     script("apo.py", *flags, ranks=ranks)
-    kept = (out / "reference.safetensors").read_bytes()
+    kept = {name: (out / name).read_bytes() for name in ("reference.safetensors", "args.json")}
     shutil.rmtree(out)
     out.mkdir()
-    (out / "reference.safetensors").write_bytes(kept)
+    for name, content in kept.items():
+        (out / name).write_bytes(content)
     for film in films.iterdir():
         size = film.stat().st_size
         Image.new("L", Image.open(film).size, 255).save(film)
@@ -193,7 +194,7 @@ def test_a_film_changed_in_place_does_not_go_into_the_first_loss(
     assert said.count("Computing the reference again") == 1
     first = json.loads((out / "log.jsonl").read_text().splitlines()[0])
     assert first["loss"] == torch.tensor(8.0).log().item()
-    assert (out / "reference.safetensors").read_bytes() != kept
+    assert (out / "reference.safetensors").read_bytes() != kept["reference.safetensors"]
 
 
 def test_the_key_changes_with_everything_the_reference_depends_on(
