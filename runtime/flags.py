@@ -149,6 +149,7 @@ def add_training_arguments(parser):
     """Adds the flags of the two stages that train."""
     add_data_arguments(parser)
     add_optimisation_arguments(parser)
+    add_row_arguments(parser)
     add_run_arguments(parser)
 
 
@@ -204,6 +205,11 @@ def add_optimisation_arguments(parser):
     g.add_argument(
         "--gradient_checkpointing", action=argparse.BooleanOptionalAction, default=True,
         help="recompute layers in the backward pass")
+
+
+def add_row_arguments(parser):
+    """Adds the flags that say what of a study is learnt from, and how long it may be."""
+    g = parser.add_argument_group("a study's row")
     g.add_argument(
         "--prompt", choices=("student", "teacher"), default="student",
         help="teacher: Appendix B's, which names the diagnosis")
