@@ -33,8 +33,8 @@ from urllib.parse import urlsplit
 
 from runtime.records import is_name, printable, read_json, too_deep
 
-# Of any body. That is 349,525 letters even where each is spelled \uXXXX. A body of nothing but small
-# values takes nearly 60 times as much memory when it is read.
+# Of any body. That is 349,525 letters even where each is spelled \uXXXX. A body of nothing but
+# small values takes nearly 60 times as much memory when it is read.
 MAX_ANSWER_BYTES = 2 << 20
 MAX_WAIT = 3600  # seconds; an endpoint that asks for more has nothing to give today
 # A spent balance or daily quota comes as 429 too, and asking again does not help. These are the
